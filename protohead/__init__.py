@@ -1,0 +1,13 @@
+"""protohead: a classification head that keeps multimodal models working when modalities are missing."""
+
+from protohead.cases import present_from_flags, present_from_missing_type, present_from_ragpt
+from protohead.head import DecoupledPrototypeHead
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DecoupledPrototypeHead",
+    "present_from_flags",
+    "present_from_missing_type",
+    "present_from_ragpt",
+]

@@ -1,0 +1,260 @@
+"""Missing cases: which modalities a row has, and how other projects write that down.
+
+The missing case of a row is the set of modalities that are *present*, named by them: ``"image+text"``, ``"image"``.
+Cases are ordered by the number of modalities present, descending, then in modality order.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "case_masks",
+    "case_names",
+    "nearest_case",
+    "present_from_case",
+    "present_from_flags",
+    "present_from_missing_type",
+    "present_from_ragpt",
+]
+
+
+def case_names(modalities: Sequence[str]) -> tuple[str, ...]:
+    """All ``2**M - 1`` missing cases of M modalities, in order.
+
+    Raises:
+        ValueError: If a name is not a non-empty string without ``"+"`` and ``"."``, or occurs twice.
+
+    Example:
+        >>> case_names(["image", "text"])
+        ('image+text', 'image', 'text')
+    """
+    names = [modalities] if isinstance(modalities, str) else list(modalities)
+    for name in names:
+        if not isinstance(name, str) or not name or "+" in name or "." in name:
+            raise ValueError(f"Expected modality names to be non-empty strings without '+' and '.', but got {name!r}.")
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"Expected at least one modality and no name twice, but got {names}.")
+    sizes = range(len(names), 0, -1)
+    return tuple("+".join(case) for size in sizes for case in combinations(names, size))
+
+
+def case_masks(modalities: Sequence[str], cases: Sequence[str] | None = None) -> Tensor:
+    """Which modalities each case holds.
+
+    Args:
+        modalities: The M modality names in order.
+        cases: Names of the declared cases; all by default. Their order does not matter.
+
+    Returns:
+        (C, M) bool on the CPU, the cases in order.
+
+    Raises:
+        ValueError: If a case is unknown or given twice, or if a modality is in no case.
+
+    Example:
+        >>> case_masks(["image", "text"]).int().tolist()
+        [[1, 1], [1, 0], [0, 1]]
+    """
+    known = case_names(modalities)
+    if cases is not None:
+        declared = [cases] if isinstance(cases, str) else list(cases)
+        if unknown := [case for case in declared if case not in known]:
+            raise ValueError(f"Expected `cases` to be among {known}, but got {unknown}.")
+        if len(set(declared)) < len(declared):
+            raise ValueError(f"Expected no case twice in `cases`, but got {declared}.")
+        known = tuple(case for case in known if case in declared)
+    held = [case.split("+") for case in known]
+    for name in modalities:
+        if not any(name in case for case in held):
+            raise ValueError(f"Expected every modality in at least one case, but {name!r} is in none of {known}.")
+    return torch.tensor([[name in case for name in modalities] for case in held], dtype=torch.bool, device="cpu")
+
+
+def nearest_case(present: Tensor, masks: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """The case of each row; where that is not allowed or not declared, the nearest one that is.
+
+    The nearest case is the smallest one that holds all that the row has, else the one that shares most with it; of
+    equals, the first. Works on any device without waiting for it.
+
+    Args:
+        present: (B, M) bool.
+        masks: (C, M) bool, from :func:`case_masks`.
+        allowed: (C,) bool; all by default. At least one must be.
+
+    Returns:
+        (B,) int64, indices into the cases; C (one past the last) where nothing is present.
+
+    Example:
+        >>> masks = case_masks(["image", "text"])
+        >>> nearest_case(torch.tensor([[True, True], [False, True], [False, False]]), masks).tolist()
+        [0, 2, 3]
+        >>> nearest_case(torch.tensor([[False, True]]), masks, torch.tensor([True, True, False])).tolist()
+        [0]
+    """
+    count, width = masks.shape
+    shared = (present[:, None] & masks).sum(2)  # (B, C)
+    size = present.sum(1, keepdim=True)
+    # One integer ranks the cases: those that hold all that the row has, smallest first, are above M, the others below.
+    rank = torch.where(shared == size, 2 * width + 1 - masks.sum(1), shared)
+    if allowed is not None:
+        rank = torch.where(allowed, rank, -1)
+    order = torch.arange(count, device=present.device)
+    nearest = (rank * count - order).argmax(1)
+    return torch.where(size[:, 0] > 0, nearest, count)
+
+
+def present_from_case(index: Tensor, masks: Tensor) -> Tensor:
+    """The inverse of :func:`nearest_case`: case indices to present masks, without waiting for the device.
+
+    Args:
+        index: (B,) int64 in [0, C], where C means that nothing is present. Any other is an ``IndexError`` (on a GPU, a
+            device-side assertion); negative ones do not wrap around.
+        masks: (C, M) bool, from :func:`case_masks`.
+
+    Returns:
+        (B, M) bool.
+
+    Example:
+        >>> present_from_case(torch.tensor([2, 0]), case_masks(["image", "text"])).tolist()
+        [[False, True], [True, True]]
+    """
+    if index.dtype != torch.int64:
+        raise TypeError(f"Expected argument `index` to be int64, but got {index.dtype}.")
+    nothing = masks.new_zeros(1, masks.shape[1])
+    return torch.cat([masks, nothing]).index_select(0, index)
+
+
+def present_from_missing_type(
+    missing_type: Tensor | Sequence[float], modalities: Sequence[str], device: torch.device | str | None = None
+) -> Tensor:
+    """Present masks from the ``missing_type`` of MAP, DCP and DPL: 0 complete, 1 text missing, 2 image missing.
+
+    Args:
+        missing_type: (B,) tensor, or the list of floats that their batches hold.
+        modalities: ``"image"`` and ``"text"`` in the order of the columns, such as ``head.modalities``.
+        device: Of the result; by default that of a tensor `missing_type`, else the CPU.
+
+    Returns:
+        (B, 2) bool.
+
+    Raises:
+        ValueError: If a code is none of 0, 1, 2 (with its row), or the modalities are others.
+        TypeError: If `missing_type` is a boolean mask.
+
+    Example:
+        >>> present_from_missing_type([0.0, 1.0, 2.0], ["image", "text"]).tolist()
+        [[True, True], [True, False], [False, True]]
+    """
+    meaning = {0: {"image", "text"}, 1: {"image"}, 2: {"text"}}
+    what = "MAP's missing types are 0 (complete), 1 (text missing), 2 (image missing)"
+    return _present_from_codes(missing_type, meaning, what, modalities, device)
+
+
+def present_from_ragpt(
+    codes: Tensor | Sequence[float],
+    missing: str,
+    modalities: Sequence[str],
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Present masks from RAGPT's missing tables, whose codes mean different things in its two kinds of table.
+
+    Args:
+        codes: (B,) tensor or list of numbers. In a table for one missing modality 0 is missing and 1 present; in a
+            table for both, 0 is text missing, 1 image missing and 2 complete.
+        missing: The kind of table: what it lets go missing, ``"image"``, ``"text"`` or ``"both"``.
+        modalities: ``"image"`` and ``"text"`` in the order of the columns, such as ``head.modalities``.
+        device: Of the result; by default that of a tensor `codes`, else the CPU.
+
+    Returns:
+        (B, 2) bool.
+
+    Raises:
+        ValueError: If a code is outside the convention (with its row), or another argument is none of those allowed.
+        TypeError: If `codes` is a boolean mask.
+
+    Example:
+        >>> present_from_ragpt([0, 1], "text", ["image", "text"]).tolist()
+        [[True, False], [True, True]]
+        >>> present_from_ragpt([0, 1, 2], "both", ["image", "text"]).tolist()
+        [[True, False], [False, True], [True, True]]
+    """
+    if missing == "both":
+        meaning = {0: {"image"}, 1: {"text"}, 2: {"image", "text"}}
+        what = "RAGPT's codes for both are 0 (text missing), 1 (image missing), 2 (complete)"
+    elif missing in ("image", "text"):
+        meaning = {0: {"image", "text"} - {missing}, 1: {"image", "text"}}
+        what = f"RAGPT's codes for {missing} are 0 ({missing} missing), 1 (complete)"
+    else:
+        raise ValueError(f"Expected argument `missing` to be 'image', 'text' or 'both', but got {missing!r}.")
+    return _present_from_codes(codes, meaning, what, modalities, device)
+
+
+def present_from_flags(
+    flags: Mapping[str, Tensor | Sequence[bool | None] | None],
+    modalities: Sequence[str],
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Present masks from one column of booleans per modality.
+
+    Args:
+        flags: Name of a modality to its (B,) column of True (present), False or None (missing); a column that is None
+            or left out is missing in every row.
+        modalities: The M names in the order of the result's columns, such as ``head.modalities``.
+        device: Of the result; the CPU by default.
+
+    Returns:
+        (B, M) bool.
+
+    Raises:
+        ValueError: If a flag is anything else (with its row), a name is unknown, or the lengths differ.
+
+    Example:
+        >>> present_from_flags({"image": [True, None], "text": [True, True]}, ["image", "text"]).tolist()
+        [[True, True], [False, True]]
+    """
+    if unknown := [name for name in flags if name not in modalities]:
+        raise ValueError(f"Expected flags for the modalities {tuple(modalities)}, but got {unknown}.")
+    columns = {name: _values(name, column) for name, column in flags.items() if column is not None}
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"Expected columns of one length, and at least one column, but got lengths {lengths}.")
+    for name, column in columns.items():
+        for row, value in enumerate(column):
+            if value is not None and not isinstance(value, bool):
+                raise ValueError(f"Expected True, False or None, but got {value!r} for {name!r} in row {row}.")
+    rows = next(iter(lengths.values()))
+    table = [[bool(value) for value in columns.get(name, [None] * rows)] for name in modalities]
+    return torch.tensor(table, dtype=torch.bool, device=device).T.contiguous()
+
+
+def _present_from_codes(
+    codes: Tensor | Sequence[float],
+    meaning: Mapping[int, set[str]],
+    what: str,
+    modalities: Sequence[str],
+    device: torch.device | str | None,
+) -> Tensor:
+    if sorted(modalities) != ["image", "text"]:
+        raise ValueError(f"Expected `modalities` to be 'image' and 'text', in any order, but got {tuple(modalities)}.")
+    values = _values("codes", codes)
+    for row, value in enumerate(values):
+        if isinstance(value, bool):
+            raise TypeError(f"Expected codes, but got a boolean mask ({value} in row {row}): {what}.")
+        if not isinstance(value, (int, float)) or value not in meaning:
+            raise ValueError(f"Expected codes among {list(meaning)}, but got {value!r} in row {row}: {what}.")
+    if device is None and isinstance(codes, Tensor):
+        device = codes.device
+    table = [[name in meaning[value] for name in modalities] for value in values]
+    return torch.tensor(table, dtype=torch.bool, device=device).reshape(len(values), 2)
+
+
+def _values(name: str, column: Any) -> list[Any]:
+    """A column as Python values: the elements of tensors and arrays are unpacked, so that True is not taken for 1."""
+    if isinstance(column, (str, bytes, Mapping)) or len(getattr(column, "shape", "1")) != 1:
+        raise ValueError(f"Expected {name!r} to be one-dimensional, one value a row, but got {column!r}.")
+    values = column.tolist() if hasattr(column, "tolist") else column
+    return [value.item() if hasattr(value, "item") else value for value in values]

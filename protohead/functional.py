@@ -1,0 +1,135 @@
+"""The formulas of Decoupled Prototype Learning (arXiv 2505.08283), without state.
+
+Everything here is computed in the dtype it is given: the head calls it in float32 or wider, outside autocast, since
+cosines reach 1 early in half precision.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+__all__ = ["add_angular_margin", "case_cosine", "normalize", "prototype_contrast"]
+
+
+def normalize(x: Tensor) -> Tensor:
+    """Scale to length one, x / ‖x‖, along the last dimension; a zero vector stays zero, with a finite gradient.
+
+    Shape:
+        (..., D) -> (..., D)
+
+    Example:
+        >>> normalize(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+        tensor([[0.6000, 0.8000],
+                [0.0000, 0.0000]])
+    """
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.where(norm > 0, norm, 1)
+
+
+def case_cosine(x: Tensor, prototypes: Tensor, block: Tensor, active: Tensor) -> Tensor:
+    """Cosines of one modality's features with the prototypes of each row's missing case: ĥ[i,m] · ŵ[m][c_i,k].
+
+    Args:
+        x: (B, D) features.
+        prototypes: (V, K, D), one block of class prototypes per case that holds this modality.
+        block: (B,) int64 in [0, V), the block of each row; where `active` is False, any.
+        active: (B,) bool. A row that is not active gets zeros, and what stands in it reaches no gradient.
+
+    Returns:
+        (B, K) cosines.
+
+    Example:
+        >>> prototypes = torch.eye(2).expand(3, 2, 2)
+        >>> x = torch.tensor([[2.0, 0.0], [float("nan"), 1.0]])
+        >>> case_cosine(x, prototypes, torch.tensor([2, 0]), torch.tensor([True, False]))
+        tensor([[1., 0.],
+                [0., 0.]])
+    """
+    x = normalize(torch.where(active[:, None], x, 0))
+    every_block = torch.einsum("bd,vkd->bvk", x, normalize(prototypes))
+    return torch.take_along_dim(every_block, block[:, None, None], dim=1).squeeze(1)
+
+
+def add_angular_margin(cosine: Tensor, labels: Tensor, margin: Tensor) -> Tensor:
+    """Add a margin to the angle between each row and its labelled classes: z ← y·φ(z) + (1−y)·z (ArcFace).
+
+    φ(z) = cos(arccos(z) + μ) = z·cos μ − sqrt(1−z²)·sin μ where z > cos(π−μ), else z − μ·sin(π−μ). At |z| = 1 the
+    root contributes no gradient instead of an infinite one.
+
+    Args:
+        cosine: (B, K).
+        labels: (B,) int64, where a negative label leaves its row alone; or (B, K) float in [0, 1], multi-hot or soft.
+        margin: (B,) μ of each row, in radians.
+
+    Returns:
+        (B, K).
+
+    Example:
+        >>> z = add_angular_margin(torch.tensor([[0.5, 0.5]]), torch.tensor([1]), torch.tensor([0.2]))
+        >>> torch.arccos(z) - torch.arccos(torch.tensor(0.5))
+        tensor([[0.0000, 0.2000]])
+    """
+    margin = margin[:, None]
+    if labels.is_floating_point():
+        return labels * _phi(cosine, margin) + (1 - labels) * cosine
+    target = labels.clamp(min=0)[:, None]
+    z = cosine.gather(1, target)
+    return cosine.scatter(1, target, torch.where(labels[:, None] >= 0, _phi(z, margin), z))
+
+
+def _phi(z: Tensor, margin: Tensor) -> Tensor:
+    square = 1 - z * z
+    inside = square > 0
+    sine = torch.where(inside, torch.where(inside, square, 1).sqrt(), 0)
+    return torch.where(z > -margin.cos(), z * margin.cos() - sine * margin.sin(), z - margin * margin.sin())
+
+
+def prototype_contrast(
+    prototypes: Sequence[Tensor], seen: Sequence[Tensor], shared_space: bool = False, temperature: float = 1.0
+) -> Tensor:
+    """The prototype loss (PRC): supervised contrastive loss over all prototypes with the class as label.
+
+    The mean over anchors a of −mean over the positives p of log(exp(a·p/τ) / Σ_{q≠a} exp(a·q/τ)), where a, p and q are
+    normalised prototypes and the positives are those of the same class in other blocks. Blocks that are not seen are
+    neither anchors nor contrasts; an anchor without a positive is left out of the mean. 0 where no anchor has one.
+
+    Args:
+        prototypes: One (V, K, D) tensor per modality: V blocks, one per case that holds it.
+        seen: One (V,) bool tensor per modality.
+        shared_space: Contrast the modalities with each other (one D for all), instead of each within itself.
+        temperature: τ.
+
+    Returns:
+        A scalar.
+
+    Example:
+        >>> image, text = torch.eye(3).expand(2, 3, 3), torch.eye(3).expand(2, 3, 3)
+        >>> both = torch.tensor([True, True])
+        >>> prototype_contrast([image, text], [both, both], shared_space=True)  # log(3e + 8) - 1
+        tensor(1.7822)
+    """
+    if shared_space:
+        prototypes, seen = [torch.cat(list(prototypes))], [torch.cat(list(seen))]
+    parts = [_contrast(normalize(p), s, temperature) for p, s in zip(prototypes, seen, strict=True)]
+    total = torch.stack([loss for loss, _ in parts]).sum()
+    anchors = torch.stack([count for _, count in parts]).sum()
+    return total / anchors.clamp(min=1)
+
+
+def _contrast(prototypes: Tensor, seen: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The sum of the anchors' losses, and the number of anchors that have a positive."""
+    blocks, classes, _ = prototypes.shape
+    flat = rearrange(prototypes, "v k d -> (v k) d")
+    similarity = flat @ flat.T / temperature
+    contrast = seen.repeat_interleave(classes) & ~torch.eye(len(flat), dtype=torch.bool, device=flat.device)
+    # A finite stand-in for -inf: a row with no contrast at all would have a NaN gradient.
+    log_sum = torch.where(contrast, similarity, -1e30).logsumexp(1)
+    # The positives of an anchor are summed before the product: a·(Σp) costs K·V·D, not (K·V)²·D.
+    others = torch.where(seen[:, None, None], prototypes, 0).sum(0) - prototypes
+    positives = seen.sum() - 1
+    mean_positive = (prototypes * others).sum(2) / positives.clamp(min=1) / temperature
+    loss = rearrange(log_sum, "(v k) -> v k", v=blocks) - mean_positive
+    anchor = seen & (positives > 0)
+    return torch.where(anchor[:, None], loss, 0).sum(), anchor.sum() * classes

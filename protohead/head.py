@@ -1,0 +1,349 @@
+"""The classification head: per-modality, per-missing-case class prototypes."""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
+from itertools import compress
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from protohead.cases import case_masks, nearest_case
+from protohead.functional import add_angular_margin, case_cosine, normalize, prototype_contrast
+from protohead.inputs import Features, check_count, check_labels, check_present, per_case, read_features
+
+__all__ = ["DecoupledPrototypeHead"]
+
+
+class DecoupledPrototypeHead(nn.Module):
+    """Classify by class prototypes of each modality and missing case (Decoupled Prototype Learning, arXiv 2505.08283).
+
+    Takes the place of a model's last fully-connected layer. The logit of class k for a row whose present modalities
+    are the case c is ``scale[c] / |c| * sum(cos(h[m], prototypes[m][c, k]) for m in c)``. Cosines and margins are
+    computed in float32 or wider, whatever the features' dtype and autocast say.
+
+    Args:
+        in_features: Name of each modality to the width D_m of its features; their order is that of the columns of
+            `present` and of a concatenated input.
+        num_classes: K.
+        scale: s, a positive number, or a mapping by case name that names every case.
+        margin: μ in radians, in [0, π), a number or a mapping by case name that names every case. By default 0.10 for
+            the complete case and 0.15 for the others.
+        cases: The cases that have prototypes; all 2**M - 1 by default.
+        shared_space: Whether the modalities share one embedding space, as CLIP's do. Then the prototype loss also
+            contrasts prototypes of different modalities.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Attributes:
+        modalities: The M names in order.
+        cases: The C case names in order: by number of modalities present, descending, then in modality order.
+        prototypes: Name of a modality to its (V, K, D_m) Parameter: V blocks, one per case that holds it, in order.
+        scale: (C,) float64 buffer.
+        margin: (C,) float64 buffer, radians.
+        seen: (C,) bool buffer: the cases that training has seen.
+
+    Raises:
+        ValueError: If an argument is not as said.
+
+    Example:
+        >>> head = DecoupledPrototypeHead({"image": 4, "text": 3}, num_classes=5)
+        >>> features = {"image": torch.randn(2, 4), "text": torch.randn(2, 3)}
+        >>> present = torch.tensor([[True, True], [True, False]])
+        >>> head(features, present).shape
+        torch.Size([2, 5])
+        >>> head.seen_cases
+        ('image+text', 'image')
+    """
+
+    scale: Tensor
+    margin: Tensor
+    seen: Tensor
+    _masks: Tensor
+    _block: Tensor
+
+    def __init__(
+        self,
+        in_features: Mapping[str, int],
+        num_classes: int,
+        *,
+        scale: float | Mapping[str, float] = 32.0,
+        margin: float | Mapping[str, float] | None = None,
+        cases: tuple[str, ...] | list[str] | None = None,
+        shared_space: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(in_features, Mapping):
+            raise TypeError(f"Expected argument `in_features` to map names to widths, but got {in_features!r}.")
+        self.in_features = dict(in_features)
+        self.modalities = tuple(in_features)
+        self.shared_space = shared_space
+        masks = case_masks(self.modalities, cases)
+        self.cases = tuple("+".join(compress(self.modalities, mask)) for mask in masks.tolist())
+        for name, width in self.in_features.items():
+            check_count(f"in_features[{name!r}]", width)
+            if hasattr(nn.ParameterDict, name):
+                raise ValueError(f"Expected a modality name that nn.ParameterDict can hold, but got {name!r}.")
+        if shared_space and len(set(self.in_features.values())) > 1:
+            raise ValueError(f"Expected equal widths with `shared_space=True`, but got {self.in_features}.")
+        if margin is None:
+            complete = "+".join(self.modalities)
+            margin = {case: 0.10 if case == complete else 0.15 for case in self.cases}
+        scales = per_case("scale", scale, self.cases)
+        if not all(0 < value < math.inf for value in scales):
+            raise ValueError(f"Expected argument `scale` to be positive, but got {scale}.")
+        margins = per_case("margin", margin, self.cases)
+        if not all(0 <= value < math.pi for value in margins):
+            raise ValueError(f"Expected argument `margin` to be in [0, pi) radians, but got {margin}.")
+
+        self.prototypes = nn.ParameterDict()
+        self._new_prototypes(num_classes, device, dtype)
+        # Buffers are real even where the prototypes are on the meta device, so that `to_empty` cannot lose them.
+        parameter = next(self.parameters())
+        real = "cpu" if parameter.is_meta else parameter.device
+        constant = _constant_dtype(parameter.device)
+        self.register_buffer("scale", torch.tensor(scales, dtype=constant, device=real))
+        self.register_buffer("margin", torch.tensor(margins, dtype=constant, device=real))
+        self.register_buffer("seen", torch.zeros(len(masks), dtype=torch.bool, device=real))
+        self.register_buffer("_masks", masks.to(real), persistent=False)
+        # Which block of a modality's prototypes belongs to a case; 0 where the case lacks the modality.
+        block = (masks.cumsum(0) - 1).where(masks, 0)
+        self.register_buffer("_block", block.to(real), persistent=False)
+        self.reset_parameters()
+
+    # -- what a model calls -------------------------------------------------------------------------------------------
+
+    def forward(self, features: Features, present: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """Logits; with `labels` the margins are applied, for the loss. Without them: for predictions.
+
+        In training mode the cases of the batch are marked as seen. In eval mode a row of a case that training has not
+        seen is scored by the nearest seen case (see :func:`protohead.cases.nearest_case`) and the modalities it shares
+        with that; while none has been seen, every case scores its own rows. A case left out of `cases=` always falls
+        back like this, in training over the declared cases.
+
+        Args:
+            features: Name to (B, D_m) features, or one (B, ΣD_m) concatenation. A modality that is None or left out is
+                missing in every row. What stands in a missing row reaches neither logits nor gradients.
+            present: (B, M) bool, columns in the order of `modalities`. By default a modality is present in a row
+                unless its features there are all zeros.
+            labels: (B,) int64, where -100 is ignored; or (B, K) float in [0, 1], multi-hot or soft.
+
+        Returns:
+            (B, K) logits, float32 or wider. Zeros, without gradient, for rows with nothing present (or nothing
+            in common with any seen case).
+
+        Raises:
+            ValueError: If shapes, names or values are not as said. Values are checked in eager mode; those of labels
+                only on the CPU, since reading them would wait for the device.
+            TypeError: If a dtype is not as said.
+        """
+        rows, present = read_features(features, present, self.in_features)
+        if labels is not None:
+            check_labels(labels, len(present), self.num_classes)
+        case, active = self._route(present)
+        if self.training:
+            self._mark_seen(case, active)
+        with _full_precision(present.device):
+            cosine = reduce(torch.add, self._mean_cosines(rows, case, active))
+            if labels is not None:
+                # Without a margin φ is the identity: a row that nothing scores keeps its zeros.
+                margin = torch.where(active.any(1), self.margin[case], 0)
+                cosine = add_angular_margin(cosine, labels, margin.to(cosine.dtype))
+            return cosine * self.scale[case, None].to(cosine.dtype)
+
+    def contributions(self, features: Features, present: Tensor | None = None) -> Tensor:
+        """What each modality adds to the logits.
+
+        Args:
+            features: As in :meth:`forward`.
+            present: As in :meth:`forward`.
+
+        Returns:
+            (B, M, K); their sum over M is what ``head(features, present)`` returns in the same mode.
+        """
+        rows, present = read_features(features, present, self.in_features)
+        case, active = self._route(present)
+        with _full_precision(present.device):
+            cosine = torch.stack(self._mean_cosines(rows, case, active), dim=1)
+            return cosine * self.scale[case, None, None].to(cosine.dtype)
+
+    def prototype_loss(self, temperature: float = 1.0) -> Tensor:
+        """The prototype loss (PRC) of the cases seen so far: see :func:`protohead.functional.prototype_contrast`.
+
+        Call it after the batch's forward, which marks the cases. While none has been seen, all take part.
+
+        Args:
+            temperature: τ > 0.
+
+        Returns:
+            A scalar, float32 or wider.
+        """
+        if not temperature > 0:
+            raise ValueError(f"Expected argument `temperature` to be positive, but got {temperature}.")
+        seen = self._seen_or_all()
+        blocks = [seen[self._masks[:, m]] for m in range(len(self.modalities))]
+        prototypes = [self.prototypes[name] for name in self.modalities]
+        dtype = _wide(*prototypes)
+        with _full_precision(seen.device):
+            return prototype_contrast([p.to(dtype) for p in prototypes], blocks, self.shared_space, temperature)
+
+    def case_index(self, present: Tensor) -> Tensor:
+        """(B, M) bool to (B,) int64 indices into `cases`; C where nothing is present.
+
+        A case left out of ``cases=`` gets the nearest declared one. Which cases training has seen plays no part.
+        """
+        check_present(present, self.modalities)
+        return nearest_case(present, self._masks)
+
+    @property
+    def seen_cases(self) -> tuple[str, ...]:
+        """The names of the cases that training, or :meth:`imprint`, has seen, in order."""
+        return tuple(case for case, seen in zip(self.cases, self.seen.tolist(), strict=True) if seen)
+
+    # -- prototypes without training, and anew ------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def imprint(self, features: Features, labels: Tensor, present: Tensor | None = None) -> None:
+        """Set the prototypes to class means: a classifier with no training (weight imprinting, arXiv 1712.07136).
+
+        The prototype of a class is the normalised mean of its normalised features, per modality, over all the rows
+        that have the modality; every case starts from the same. Cases whose modalities all had rows become seen.
+
+        Args:
+            features: As in :meth:`forward`, for all the rows at once.
+            labels: As in :meth:`forward`; soft labels weigh the rows.
+            present: As in :meth:`forward`.
+
+        Warns:
+            UserWarning: For classes that have no row with a modality; their prototypes stay as they are.
+        """
+        rows, present = read_features(features, present, self.in_features)
+        check_labels(labels, len(present), self.num_classes)
+        if not labels.is_floating_point():
+            labels = (labels[:, None] == torch.arange(self.num_classes, device=labels.device)).float()
+        given = []
+        with _full_precision(present.device):
+            for m, name in enumerate(self.modalities):
+                prototype, here = self.prototypes[name], present[:, m, None]
+                dtype = _wide(rows[m], prototype)
+                weight = torch.where(here, labels, 0).to(dtype)
+                mean = weight.T @ normalize(torch.where(here, rows[m], 0).to(dtype))
+                known = weight.sum(0) > 0
+                prototype.copy_(torch.where(known[:, None], normalize(mean), prototype))
+                given.append(known.any())
+                if unknown := (~known).nonzero()[:, 0].tolist():
+                    what = f"No row of classes {unknown} has {name!r}: these prototypes are unchanged."
+                    warnings.warn(what, stacklevel=2)
+        self.seen |= (torch.stack(given) | ~self._masks).all(1)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw every (case, modality) block from Xavier's normal distribution and forget which cases were seen."""
+        for prototype in self.prototypes.values():
+            for block in prototype:
+                nn.init.xavier_normal_(block)
+        self.seen.zero_()
+
+    def reset(self, num_classes: int) -> None:
+        """Start anew with another number of classes. The Parameters are new: give them to the optimizer."""
+        parameter = next(self.parameters())
+        self._new_prototypes(num_classes, parameter.device, parameter.dtype)
+        self.reset_parameters()
+
+    def extra_repr(self) -> str:
+        """The arguments that make this head, without its weights."""
+        by_case = [dict(zip(self.cases, values.tolist(), strict=True)) for values in (self.scale, self.margin)]
+        return (
+            f"{self.in_features}, num_classes={self.num_classes}, scale={by_case[0]}, margin={by_case[1]}, "
+            f"cases={self.cases}, shared_space={self.shared_space}"
+        )
+
+    def __repr__(self) -> str:  # noqa: D105
+        return f"{self._get_name()}({self.extra_repr()})"
+
+    # -- checkpoints and devices --------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> Tensor:
+        """The case names as bytes, in a tensor since safetensors holds nothing else."""
+        return torch.tensor(list(",".join(self.cases).encode()), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse another head's checkpoint: with equal shapes its cases would be swapped in silence."""
+        cases = tuple(bytes(state.tolist()).decode().split(","))
+        if cases != self.cases:
+            raise ValueError(f"Expected a checkpoint of a head with the cases {self.cases}, but got one with {cases}.")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DecoupledPrototypeHead":
+        # Buffers follow the device only: `half()` must not round a margin, nor `to_empty()` wipe what was seen.
+        buffers, self._buffers = self._buffers, {}
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers = buffers
+        device = next(self.parameters()).device
+        if device.type != "meta":
+            for name, value in self.named_buffers():
+                dtype = _constant_dtype(device) if value.is_floating_point() else value.dtype
+                buffers[name] = value.to(device, dtype)
+        return self
+
+    # -- the steps ----------------------------------------------------------------------------------------------------
+
+    def _new_prototypes(self, num_classes: int, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        check_count("num_classes", num_classes)
+        self.num_classes = num_classes
+        for name, width in self.in_features.items():
+            blocks = sum(name in case.split("+") for case in self.cases)
+            self.prototypes[name] = nn.Parameter(torch.empty(blocks, num_classes, width, device=device, dtype=dtype))
+
+    def _seen_or_all(self) -> Tensor:
+        return self.seen | ~self.seen.any()
+
+    def _route(self, present: Tensor) -> tuple[Tensor, Tensor]:
+        """The case that scores each row, and (B, M) which modalities it scores (none where nothing is present)."""
+        case = nearest_case(present, self._masks, None if self.training else self._seen_or_all())
+        case = case.clamp(max=len(self.cases) - 1)
+        return case, present & self._masks[case]
+
+    def _mark_seen(self, case: Tensor, active: Tensor) -> None:
+        order = torch.arange(len(self.cases), device=case.device)
+        self.seen |= ((case[:, None] == order) & active.any(1, keepdim=True)).any(0)
+        # DDP copies the buffers of rank 0 to the others, so what only another rank has seen must reach rank 0.
+        ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        if ddp is not None:
+            seen = self.seen.byte()
+            torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX, group=ddp.process_group)
+            self.seen.copy_(seen)
+
+    def _mean_cosines(self, rows: list[Tensor], case: Tensor, active: Tensor) -> list[Tensor]:
+        """One (B, K) tensor per modality: its cosines over the number of modalities that score the row."""
+        prototypes = [self.prototypes[name] for name in self.modalities]
+        dtype = _wide(*rows, *prototypes)
+        count = active.sum(1, keepdim=True).clamp(min=1)
+        return [
+            case_cosine(x.to(dtype), p.to(dtype), self._block[case, m], active[:, m]) / count
+            for m, (x, p) in enumerate(zip(rows, prototypes, strict=True))
+        ]
+
+
+def _constant_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64.
+
+
+def _wide(*tensors: Tensor) -> torch.dtype:
+    """The widest dtype of the tensors, at least float32: cosines reach 1 early in half precision."""
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off, where it is on."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

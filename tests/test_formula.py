@@ -1,0 +1,174 @@
+"""The head against the slow transcription of its formulas."""
+
+import math
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+
+from protohead import DecoupledPrototypeHead
+from protohead.functional import add_angular_margin, prototype_contrast
+
+WIDTHS = {1: {"a": 5}, 2: {"a": 5, "b": 3}, 3: {"a": 5, "b": 3, "c": 4}, 5: dict.fromkeys("abcde", 4)}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
+
+
+def every_case(head, rows=2):
+    """A (B, M) mask with every case `rows` times and as many rows with nothing, and features for it."""
+    masks = torch.tensor([[name in case for name in head.modalities] for case in reference.cases_of(head.modalities)])
+    present = torch.cat([masks, torch.zeros(1, len(head.modalities), dtype=torch.bool)]).repeat(rows, 1)
+    dtype = next(head.parameters()).dtype
+    features = {name: torch.randn(len(present), width, dtype=dtype) for name, width in head.in_features.items()}
+    return features, present
+
+
+def make(modalities, dtype=torch.float64, num_classes=4, **options):
+    torch.manual_seed(modalities)
+    count = 2**modalities - 1
+    head = DecoupledPrototypeHead(WIDTHS[modalities], num_classes, dtype=dtype, **options)
+    head.scale.copy_(torch.linspace(5, 32, count))
+    head.margin.copy_(torch.linspace(0.05, 0.6, count))
+    return head
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("modalities", [1, 2, 3, 5])
+def test_logits_and_contributions(modalities, dtype):
+    head = make(modalities, dtype)
+    features, present = every_case(head)
+    expected = reference.contributions(head, features, present)
+    bound = TOLERANCE[dtype] * 32  # The bound holds for the cosines; the largest scale is 32.
+    assert (head.contributions(features, present) - expected).abs().max() < bound
+    assert (head(features, present) - expected.sum(1)).abs().max() < bound
+    assert head(features, present).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("modalities", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["integer", "multi-hot", "soft"])
+def test_logits_with_margins(modalities, dtype, kind):
+    head = make(modalities, dtype)
+    features, present = every_case(head, rows=4)
+    labels = {
+        "integer": torch.randint(-1, 4, (len(present),)),
+        "multi-hot": torch.randint(0, 2, (len(present), 4)).to(dtype),
+        "soft": torch.rand(len(present), 4, dtype=dtype),
+    }[kind]
+    labels = torch.where(labels < 0, -100, labels)
+    expected = reference.contributions(head, features, present, labels=labels)
+    for training in (True, False):  # Margins depend on the labels alone.
+        assert (head.train(training)(features, present, labels) - expected).abs().max() < TOLERANCE[dtype] * 32
+
+
+def test_margin_past_the_turning_point():
+    z = torch.tensor([[-1.0, -0.99, -0.5, 0.0, 0.9, 1.0]], dtype=torch.float64)
+    for margin in (0.0, 0.3, 3.0):
+        moved = add_angular_margin(z, torch.ones_like(z), torch.tensor([margin], dtype=torch.float64))
+        expected = [reference.phi(value, margin) for value in z[0].tolist()]
+        torch.testing.assert_close(moved[0], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-15)
+
+
+def test_margin_zero_is_plain_cosine_softmax():
+    head = make(2, margin=0.0)
+    head.margin.zero_()
+    features, present = every_case(head)
+    labels = torch.arange(len(present)) % 4
+    torch.testing.assert_close(head(features, present, labels), head(features, present), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("temperature", [1.0, 0.07, 0.01])
+@pytest.mark.parametrize(("modalities", "shared_space"), [(1, False), (2, False), (2, True), (3, False), (5, True)])
+def test_prototype_loss(modalities, shared_space, temperature, dtype):
+    torch.manual_seed(0)
+    widths = dict.fromkeys(WIDTHS[modalities], 4) if shared_space else WIDTHS[modalities]
+    head = DecoupledPrototypeHead(widths, 3, dtype=dtype, shared_space=shared_space)
+    groups = [head.cases, head.cases[:1], head.cases[-1:], head.cases[: len(head.cases) // 2 + 1], head.cases[1::2]]
+    for seen in groups:
+        head.seen.copy_(torch.tensor([case in seen for case in head.cases]))
+        taking_part = seen or head.cases
+        expected = reference.prototype_loss(head, taking_part, temperature)
+        got = head.prototype_loss(temperature=temperature)
+        assert got.dtype == dtype
+        assert got.item() == pytest.approx(expected, rel=1e-5 if dtype == torch.float32 else 1e-12, abs=1e-6)
+        head.zero_grad()
+        got.backward()
+        for name, prototype in head.prototypes.items():
+            assert prototype.grad.isfinite().all()
+            held = [case for case in head.cases if name in case.split("+")]
+            for case, grad in zip(held, prototype.grad, strict=True):
+                assert case in taking_part or not grad.any()  # An unseen block is neither anchor nor contrast.
+
+
+def test_prototype_loss_before_any_case_was_seen():
+    head = make(2)
+    assert head.seen_cases == ()
+    assert head.prototype_loss().item() == pytest.approx(reference.prototype_loss(head, head.cases, 1.0), rel=1e-12)
+
+
+def test_prototype_loss_of_one_class():
+    head = DecoupledPrototypeHead({"image": 4, "text": 4}, 1, shared_space=True, dtype=torch.float64)
+    assert head.prototype_loss().item() == pytest.approx(reference.prototype_loss(head, head.cases, 1.0), rel=1e-12)
+
+
+def test_prototype_loss_by_hand():
+    # Two blocks of two orthogonal classes: each anchor has one positive at 1 and two contrasts at 0 and 0.
+    blocks, seen = torch.eye(2, dtype=torch.float64).expand(2, 2, 2), torch.tensor([True, True])
+    assert prototype_contrast([blocks], [seen]).item() == pytest.approx(math.log(math.e + 2) - 1)
+
+
+@pytest.mark.parametrize("shared_space", [False, True])
+def test_gradients(shared_space):
+    head = DecoupledPrototypeHead({"a": 3, "b": 3}, 3, dtype=torch.float64, shared_space=shared_space)
+    features, present = every_case(head, rows=1)
+    labels = torch.arange(len(present)) % 3
+    inputs = [x.requires_grad_() for x in features.values()] + list(head.prototypes.values())
+
+    def loss(a, b, *_):
+        logits = head({"a": a, "b": b}, present, labels)
+        return F.cross_entropy(logits, labels) + 0.9 * head.prototype_loss(0.1)
+
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+def published_head(head, features, missing_type, labels, y):
+    """The two-modality head as the papers write it: gather each row's weights, normalise, multiply, add the margins."""
+    image, text = head.prototypes["image"], head.prototypes["text"]
+    logits = []
+    for i, kind in enumerate(missing_type):
+        z_image = F.normalize(features["image"][i], dim=0) @ F.normalize(image[0 if kind == 0 else 1], dim=1).T
+        z_text = F.normalize(features["text"][i], dim=0) @ F.normalize(text[0 if kind == 0 else 1], dim=1).T
+        z = [(z_image + z_text) / 2, z_image, z_text][kind]
+        m, s = head.margin[kind].item(), head.scale[kind].item()
+        turned = torch.where(
+            z > math.cos(math.pi - m), z * math.cos(m) - (1 - z**2).sqrt() * math.sin(m), z - m * math.sin(math.pi - m)
+        )
+        logits.append(s * (y[i] * turned + (1 - y[i]) * z))
+    views = F.normalize(torch.cat([image, text]), dim=2)
+    flat, count = views.flatten(0, 1), len(views) * head.num_classes
+    logit = flat @ flat.T
+    logit = logit - logit.max(1, keepdim=True).values.detach()
+    off = 1 - torch.eye(count, dtype=logit.dtype)
+    positive = torch.eye(head.num_classes, dtype=logit.dtype).repeat(len(views), len(views)) * off
+    log_prob = logit - (off * logit.exp()).sum(1, keepdim=True).log()
+    contrast = -((positive * log_prob).sum(1) / positive.sum(1)).mean()
+    return F.cross_entropy(torch.stack(logits), labels), contrast
+
+
+def test_two_modalities_in_a_shared_space_are_the_published_head():
+    torch.manual_seed(3)
+    head = DecoupledPrototypeHead({"image": 6, "text": 6}, 5, dtype=torch.float64, shared_space=True)
+    missing_type = [0, 1, 2, 2, 1, 0, 0]
+    present = torch.tensor([[kind != 2, kind != 1] for kind in missing_type])
+    labels = torch.randint(0, 5, (7,))
+    leaves = [torch.randn(7, 6, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    features = dict(zip(head.modalities, leaves, strict=True))
+    ours = F.cross_entropy(head(features, present, labels), labels), head.prototype_loss()
+    theirs = published_head(head, features, missing_type, labels, F.one_hot(labels, 5).double())
+    everything = [*leaves, *head.prototypes.values()]
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
+    grads = torch.autograd.grad(sum(ours), everything), torch.autograd.grad(sum(theirs), everything)
+    for mine, other in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
