@@ -49,7 +49,8 @@ def case_cosine(x: Tensor, prototypes: Tensor, block: Tensor, active: Tensor) ->
     """
     x = normalize(torch.where(active[:, None], x, 0))
     every_block = torch.einsum("bd,vkd->bvk", x, normalize(prototypes))
-    return torch.take_along_dim(every_block, block[:, None, None], dim=1).squeeze(1)
+    # Not take_along_dim: it fixes the batch size of an exported graph.
+    return every_block.gather(1, block[:, None, None].expand(-1, 1, prototypes.shape[1])).squeeze(1)
 
 
 def add_angular_margin(cosine: Tensor, labels: Tensor, margin: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ class DecoupledPrototypeHead(nn.Module):
         """
         rows, present = read_features(features, present, self.in_features)
         if labels is not None:
-            check_labels(labels, len(present), self.num_classes)
+            check_labels(labels, present.shape[0], self.num_classes)
         case, active = self._route(present)
         if self.training:
             self._mark_seen(case, active)
@@ -225,7 +225,7 @@ class DecoupledPrototypeHead(nn.Module):
             UserWarning: For classes that have no row with a modality; their prototypes stay as they are.
         """
         rows, present = read_features(features, present, self.in_features)
-        check_labels(labels, len(present), self.num_classes)
+        check_labels(labels, present.shape[0], self.num_classes)
         if not labels.is_floating_point():
             labels = (labels[:, None] == torch.arange(self.num_classes, device=labels.device)).float()
         given = []

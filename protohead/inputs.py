@@ -20,9 +20,9 @@ def read_features(features: Features, present: Tensor | None, widths: Mapping[st
     first = next(iter(given.values()), present)
     if first is None:
         raise ValueError(f"Expected features of at least one of {tuple(widths)}, or `present`, but got neither.")
-    batch = len(first)
-    if any(len(x) != batch for x in given.values()):
-        sizes = {name: len(x) for name, x in given.items()}
+    batch = first.shape[0]  # len() would fix the batch size of an exported graph.
+    if any(x.shape[0] != batch for x in given.values()):
+        sizes = {name: x.shape[0] for name, x in given.items()}
         raise ValueError(f"Expected one batch size, but got {sizes}.")
     dtype = first.dtype if given else None
     rows = [
@@ -75,7 +75,7 @@ def check_present(present: Tensor, modalities: Sequence[str], batch: int | None 
             f"Expected argument `present` to be a bool tensor, but got {_kind(present)}; "
             "protohead.present_from_missing_type and its like convert other projects' codes."
         )
-    rows = len(present) if batch is None and present.dim() else batch
+    rows = present.shape[0] if batch is None and present.dim() else batch
     if present.shape != (rows, len(modalities)):
         wanted = f"({'B' if batch is None else batch}, {len(modalities)})"
         got = tuple(present.shape)

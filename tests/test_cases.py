@@ -1,0 +1,161 @@
+"""Missing cases, and the converters of other projects' codes."""
+
+import pytest
+import reference
+import torch
+
+from protohead import present_from_flags, present_from_missing_type, present_from_ragpt
+from protohead.cases import case_masks, case_names, nearest_case, present_from_case
+
+PAIR = ("image", "text")
+COMPLETE, NO_TEXT, NO_IMAGE = [True, True], [True, False], [False, True]
+
+
+def test_order_of_the_cases():
+    assert case_names(["x"]) == ("x",)
+    assert case_names(["image", "text", "audio"]) == (
+        "image+text+audio",
+        "image+text",
+        "image+audio",
+        "text+audio",
+        "image",
+        "text",
+        "audio",
+    )
+    assert len(case_names([f"m{i}" for i in range(8)])) == 255
+
+
+@pytest.mark.parametrize("names", [[], ["a", "a"], ["a+b"], ["a.b"], [""], [3]])
+def test_wrong_modality_names(names):
+    with pytest.raises(ValueError, match="modality"):
+        case_names(names)
+
+
+@pytest.mark.parametrize(
+    ("cases", "match"),
+    [
+        (["text+image"], r"got \['text\+image'\]"),
+        (["image", "image"], "twice"),
+        (["image"], "'text' is in none"),
+        ([], "'image' is in none"),
+    ],
+)
+def test_wrong_cases(cases, match):
+    with pytest.raises(ValueError, match=match):
+        case_masks(PAIR, cases)
+
+
+@pytest.mark.parametrize("modalities", [1, 2, 3, 5])
+def test_masks_to_indices_and_back(modalities):
+    masks = case_masks([f"m{i}" for i in range(modalities)])
+    present = torch.cat([masks, torch.zeros(1, modalities, dtype=torch.bool)])
+    index = nearest_case(present, masks)
+    assert index.tolist() == list(range(2**modalities))
+    assert torch.equal(present_from_case(index, masks), present)
+    assert nearest_case(present[:0], masks).shape == (0,)
+    assert present_from_case(index[:0], masks).shape == (0, modalities)
+
+
+def test_two_modalities_are_numbered_as_in_map():
+    present = present_from_missing_type([0, 1, 2], PAIR)
+    assert nearest_case(present, case_masks(PAIR)).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("index", [-1, 4])
+def test_no_case_index_wraps_around(index):
+    with pytest.raises(IndexError):
+        present_from_case(torch.tensor([0, index]), case_masks(PAIR))
+
+
+def test_case_indices_must_be_integers():
+    with pytest.raises(TypeError, match="int64"):
+        present_from_case(torch.tensor([True, False]), case_masks(PAIR))
+
+
+def test_nearest_case_for_every_row_and_every_allowed_subset():
+    names = ["a", "b", "c"]
+    cases = reference.cases_of(names)
+    masks = case_masks(names)
+    for pattern in range(1, 2 ** len(cases)):
+        allowed = [bool(pattern >> c & 1) for c in range(len(cases))]
+        declared = [case for case, is_in in zip(cases, allowed, strict=True) if is_in]
+        expected = [cases.index(reference.nearest(case, declared)) for case in cases]
+        assert nearest_case(masks, masks, torch.tensor(allowed)).tolist() == expected
+
+
+@pytest.mark.parametrize("wrap", [list, torch.tensor, lambda c: torch.tensor(c).float().numpy(), lambda c: map(float, c)])
+def test_missing_types(wrap):
+    codes = wrap([0, 1, 2, 0])
+    codes = list(codes) if isinstance(codes, map) else codes
+    assert present_from_missing_type(codes, PAIR).tolist() == [COMPLETE, NO_TEXT, NO_IMAGE, COMPLETE]
+
+
+def test_columns_follow_the_order_of_the_modalities():
+    assert present_from_missing_type([1], ["text", "image"]).tolist() == [[False, True]]
+    assert present_from_ragpt([1], "both", ["text", "image"]).tolist() == [[True, False]]
+    assert present_from_flags({"image": [True], "text": [False]}, ["text", "image"]).tolist() == [[False, True]]
+
+
+def test_ragpt_codes_mean_other_things_in_each_table():
+    assert present_from_ragpt([0, 1], "text", PAIR).tolist() == [NO_TEXT, COMPLETE]
+    assert present_from_ragpt([0, 1], "image", PAIR).tolist() == [NO_IMAGE, COMPLETE]
+    assert present_from_ragpt([0.0, 1.0, 2.0], "both", PAIR).tolist() == [NO_TEXT, NO_IMAGE, COMPLETE]
+
+
+@pytest.mark.parametrize("wrong", [-1, 3, 0.5, float("nan"), None, "1", [1]])
+def test_a_code_outside_the_convention_is_named_with_its_row(wrong):
+    with pytest.raises(ValueError, match=r"among \[0, 1, 2\], but got .* in row 2.*2 \(image missing\)") as error:
+        present_from_missing_type([0, 1, wrong, -7], PAIR)
+    assert repr(wrong) in str(error.value)
+    with pytest.raises(ValueError, match="row 0"):
+        present_from_ragpt([2], "text", PAIR)
+
+
+@pytest.mark.parametrize("mask", [[True, False], torch.tensor([True, False]), torch.tensor([True]).numpy()])
+def test_a_mask_is_not_read_as_codes(mask):
+    with pytest.raises(TypeError, match="boolean mask"):
+        present_from_missing_type(mask, PAIR)
+    with pytest.raises(TypeError, match="boolean mask"):
+        present_from_ragpt(mask, "image", PAIR)
+
+
+def test_other_wrong_arguments_of_the_converters():
+    with pytest.raises(ValueError, match="'image' and 'text'"):
+        present_from_missing_type([0], ["img", "text"])
+    with pytest.raises(ValueError, match="'both'"):
+        present_from_ragpt([0], "audio", PAIR)
+    with pytest.raises(ValueError, match="one-dimensional"):
+        present_from_missing_type(torch.zeros(2, 2), PAIR)
+    with pytest.raises(ValueError, match="one-dimensional"):
+        present_from_missing_type("012", PAIR)
+
+
+def test_empty_and_device():
+    assert present_from_missing_type([], PAIR).shape == (0, 2)
+    assert present_from_flags({"image": [], "text": []}, PAIR).shape == (0, 2)
+    assert present_from_missing_type([0.0], PAIR, device="meta").is_meta
+    assert present_from_missing_type(torch.tensor([0]), PAIR).device.type == "cpu"
+
+
+def test_flags():
+    flags = {"image": torch.tensor([True, False]), "audio": [None, True], "video": None}
+    present = present_from_flags(flags, ["image", "text", "audio", "video"])
+    assert present.tolist() == [[True, False, False, False], [False, False, True, False]]
+    assert present.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        ({"image": [True, 1]}, "got 1 for 'image' in row 1"),
+        ({"image": ["a.png"]}, "got 'a.png' for 'image' in row 0"),
+        ({"image": [float("nan")]}, "got nan"),
+        ({"img": [True]}, r"\['img'\]"),
+        ({"image": [True], "text": [True, False]}, "'image': 1, 'text': 2"),
+        ({"image": None}, "at least one column"),
+        ({}, "at least one column"),
+    ],
+)
+def test_wrong_flags(flags, match):
+    with pytest.raises(ValueError, match=match):
+        present_from_flags(flags, PAIR)

@@ -1,0 +1,123 @@
+"""Checkpoints, devices, dtypes, copies."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, load_model, save_file, save_model
+
+from protohead import DecoupledPrototypeHead
+
+WIDTHS = {"image": 5, "text": 3}
+
+
+def trained_head(**options):
+    torch.manual_seed(0)
+    margin = {"image+text": 0.1, "image": 0.2, "text": 0.3}
+    head = DecoupledPrototypeHead(WIDTHS, 4, scale=17.5, margin=margin, **options)
+    head(torch.randn(2, 8), torch.tensor([[True, True], [False, True]]))
+    return head.eval()
+
+
+def same(a, b):
+    x = torch.randn(6, 8)
+    present = torch.tensor([[True, True], [True, False], [False, True]]).repeat(2, 1)
+    labels = torch.arange(6) % 4
+    assert a.seen_cases == b.seen_cases == ("image+text", "text")
+    assert torch.equal(a(x, present), b(x, present))
+    assert torch.equal(a(x, present, labels), b(x, present, labels))
+    assert torch.equal(a.prototype_loss(), b.prototype_loss())
+
+
+def test_state_dict_keys():
+    assert sorted(trained_head().state_dict()) == [
+        "_extra_state",
+        "margin",
+        "prototypes.image",
+        "prototypes.text",
+        "scale",
+        "seen",
+    ]
+
+
+def test_strict_state_dict_round_trip(tmp_path):
+    head, other = trained_head(), DecoupledPrototypeHead(WIDTHS, 4).eval()
+    torch.save(head.state_dict(), tmp_path / "head.pt")
+    assert str(other.load_state_dict(torch.load(tmp_path / "head.pt"), strict=True)) == "<All keys matched successfully>"
+    same(head, other)
+    assert other.margin.tolist() == [0.1, 0.2, 0.3]
+
+
+def test_safetensors_round_trip(tmp_path):
+    head, other, third = trained_head(), DecoupledPrototypeHead(WIDTHS, 4).eval(), DecoupledPrototypeHead(WIDTHS, 4)
+    save_file(head.state_dict(), tmp_path / "a.safetensors")
+    other.load_state_dict(load_file(tmp_path / "a.safetensors"))
+    same(head, other)
+    model = torch.nn.Sequential(head)
+    save_model(model, str(tmp_path / "b.safetensors"))
+    load_model(torch.nn.Sequential(third), str(tmp_path / "b.safetensors"))
+    same(head, third.eval())
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda head: pickle.loads(pickle.dumps(head))])
+def test_copies(twin):
+    head = trained_head()
+    other = twin(head)
+    same(head, other)
+    other.seen.fill_(True)
+    assert head.seen_cases == ("image+text", "text")
+
+
+def test_another_heads_checkpoint_is_refused():
+    state = trained_head().state_dict()
+    for other in (
+        DecoupledPrototypeHead({"text": 3, "image": 5}, 4),  # Equal shapes; its cases are in another order.
+        DecoupledPrototypeHead({"image": 5, "audio": 3}, 4),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=r"('image\+text', 'image', 'text')|prototypes.audio"):
+            other.load_state_dict(state)
+
+
+def test_meta_device_construction():
+    head = trained_head()
+    with torch.device("meta"):
+        empty = DecoupledPrototypeHead(WIDTHS, 4, scale=9.0, margin=0.25)
+    assert all(p.is_meta for p in empty.parameters())
+    also_empty = DecoupledPrototypeHead(WIDTHS, 4, scale=9.0, margin=0.25, device="meta")
+    also_empty.load_state_dict(head.state_dict(), assign=True)
+    same(head, also_empty.eval())
+    empty.to_empty(device="cpu").reset_parameters()
+    assert empty.scale.tolist() == [9.0] * 3
+    assert empty.margin.tolist() == [0.25] * 3
+    assert empty.seen_cases == ()
+    assert empty(torch.randn(2, 8)).isfinite().all()
+    empty.load_state_dict(head.state_dict())
+    same(head, empty.eval())
+
+
+def test_dtype_changes_leave_the_margins_exact():
+    head = trained_head().half().double()
+    assert head.margin.tolist() == [0.1, 0.2, 0.3]
+    assert {p.dtype for p in head.parameters()} == {torch.float64}
+    assert DecoupledPrototypeHead(WIDTHS, 4, dtype=torch.bfloat16).prototypes["image"].dtype == torch.bfloat16
+
+
+def test_repr_makes_an_equal_head():
+    head = trained_head(cases=["image+text", "image", "text"], shared_space=False)
+    other = eval(repr(head), {"DecoupledPrototypeHead": DecoupledPrototypeHead})
+    other.load_state_dict(head.state_dict())
+    same(head, other.eval())
+    assert repr(other) == repr(head)
+    assert repr(torch.nn.Sequential(head)).splitlines()[1].strip() == f"(0): {head!r}"
+
+
+def test_reset():
+    head = trained_head(dtype=torch.float64)
+    head.reset(7)
+    assert head.num_classes == 7
+    assert head.seen_cases == ()
+    assert {tuple(p.shape) for p in head.parameters()} == {(2, 7, 5), (2, 7, 3)}
+    assert {p.dtype for p in head.parameters()} == {torch.float64}
+    assert head(torch.randn(2, 8)).shape == (2, 7)
+    assert "num_classes=7" in repr(head)

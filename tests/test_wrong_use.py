@@ -1,0 +1,102 @@
+"""Each wrong use is an error that says what was expected and what came."""
+
+import pytest
+import torch
+
+import protohead
+from protohead import DecoupledPrototypeHead
+
+WIDTHS = {"image": 4, "text": 3}
+IMAGE, TEXT = torch.ones(2, 4), torch.ones(2, 3)
+BOTH = torch.ones(2, 2, dtype=torch.bool)
+LABELS = torch.tensor([0, 4])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"in_features": ["image"]}, TypeError, "map names to widths, but got .'image'."),
+        ({"in_features": {}}, ValueError, "at least one modality"),
+        ({"in_features": {"image": 0}}, ValueError, "in_features.'image'.* positive integer, but got 0"),
+        ({"in_features": {"image": 4.0}}, ValueError, "positive integer, but got 4.0"),
+        ({"in_features": {"a+b": 4}}, ValueError, "'a.b'"),
+        ({"in_features": {"keys": 4}}, ValueError, "ParameterDict can hold, but got 'keys'"),
+        ({"num_classes": 0}, ValueError, "`num_classes` to be a positive integer, but got 0"),
+        ({"num_classes": True}, ValueError, "got True"),
+        ({"scale": 0}, ValueError, "`scale` to be positive, but got 0"),
+        ({"scale": float("nan")}, ValueError, "`scale`"),
+        ({"scale": {"image+text": 32}}, ValueError, r"`scale` to name exactly .*'text'\), but got \('image\+text',\)"),
+        ({"margin": -0.1}, ValueError, "`margin`"),
+        ({"margin": 30}, ValueError, "radians, but got 30"),
+        ({"margin": {"image+text": 0.1, "image": 0.1, "txt": 0.1}}, ValueError, "'txt'"),
+        ({"cases": ["image+text", "audio"]}, ValueError, r"got \['audio'\]"),
+        ({"shared_space": True}, ValueError, "equal widths .*'image': 4, 'text': 3"),
+    ],
+)
+def test_construction(arguments, error, match):
+    with pytest.raises(error, match=match):
+        DecoupledPrototypeHead(**{"in_features": WIDTHS, "num_classes": 5, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("features", "present", "labels", "error", "match"),
+    [
+        (torch.ones(2, 8), None, None, ValueError, r"\(B, 7\) for .*, but got \(2, 8\)"),
+        (torch.ones(7), None, None, ValueError, r"but got \(7,\)"),
+        ([IMAGE, TEXT], None, None, TypeError, "tensor or a mapping, but got list"),
+        ({"img": IMAGE}, None, None, ValueError, r"'image', 'text'.*, but got \['img'\]"),
+        ({"image": IMAGE.int()}, None, None, TypeError, "'image' .*floating-point tensor, but got torch.int32"),
+        ({"image": [1.0]}, None, None, TypeError, "got list"),
+        ({"image": TEXT}, None, None, ValueError, r"'image' to be of shape \(B, 4\), but got \(2, 3\)"),
+        ({"image": IMAGE, "text": TEXT[:1]}, None, None, ValueError, "'image': 2, 'text': 1"),
+        ({}, None, None, ValueError, "at least one of"),
+        ({"image": IMAGE, "text": TEXT}, BOTH[:, :1], None, ValueError, r"\(2, 2\) .*, but got \(2, 1\)"),
+        ({"image": IMAGE, "text": TEXT}, BOTH[:1], None, ValueError, r"\(2, 2\) .*, but got \(1, 2\)"),
+        ({"image": IMAGE, "text": TEXT}, BOTH[0], None, ValueError, r"but got \(2,\)"),
+        ({"image": IMAGE, "text": TEXT}, BOTH.long(), None, TypeError, "bool tensor, but got torch.int64; protohead.p"),
+        ({"image": IMAGE, "text": TEXT}, [[True, True]] * 2, None, TypeError, "bool tensor, but got list"),
+        ({"image": IMAGE}, BOTH, None, ValueError, "'text', which `present` says that row 0 has"),
+        ({"image": IMAGE, "text": None}, BOTH, None, ValueError, "'text'"),
+        ({"image": IMAGE}, None, LABELS.float(), ValueError, r"float32 to be of shape \(2, 5\), but got \(2,\)"),
+        ({"image": IMAGE}, None, LABELS[:1], ValueError, r"int64 to be of shape \(2,\), but got \(1,\)"),
+        ({"image": IMAGE}, None, LABELS.int(), TypeError, "got torch.int32"),
+        ({"image": IMAGE}, None, [0, 4], TypeError, "got list"),
+        ({"image": IMAGE}, None, LABELS + 1, ValueError, r"in \[0, 5\), or -100, but got 5 in row 1"),
+        ({"image": IMAGE}, None, LABELS - 1, ValueError, "got -1 in row 0"),
+        ({"image": IMAGE}, None, torch.full((2, 5), 1.5), ValueError, r"in \[0, 1\], but got 1.5 in row 0"),
+        ({"image": IMAGE}, None, torch.full((2, 5), float("nan")), ValueError, "got nan"),
+    ],
+)
+def test_forward(features, present, labels, error, match):
+    head = DecoupledPrototypeHead(WIDTHS, 5)
+    with pytest.raises(error, match=match):
+        head(features, present, labels)
+    assert head.seen_cases == ()  # Nothing half-done is left behind.
+    if labels is None:
+        with pytest.raises(error, match=match):
+            head.contributions(features, present)
+    else:
+        with pytest.raises(error, match=match):
+            head.imprint(features, labels, present)
+
+
+def test_other_methods():
+    head = DecoupledPrototypeHead(WIDTHS, 5)
+    with pytest.raises(ValueError, match="`temperature` to be positive, but got 0"):
+        head.prototype_loss(temperature=0)
+    with pytest.raises(TypeError, match="bool"):
+        head.case_index(torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r"\(B, 2\) .*, but got \(2, 3\)"):
+        head.case_index(torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"got \(\)"):
+        head.case_index(torch.tensor(True))
+    before = repr(head)
+    with pytest.raises(ValueError, match="num_classes"):
+        head.reset(0)
+    assert repr(head) == before
+
+
+def test_public_names():
+    assert set(protohead.__all__) <= set(dir(protohead))
+    for module in (protohead.cases, protohead.functional, protohead.head):
+        assert set(module.__all__) <= set(dir(module))
