@@ -83,7 +83,9 @@ def test_nearest_case_for_every_row_and_every_allowed_subset():
         assert nearest_case(masks, masks, torch.tensor(allowed)).tolist() == expected
 
 
-@pytest.mark.parametrize("wrap", [list, torch.tensor, lambda c: torch.tensor(c).float().numpy(), lambda c: map(float, c)])
+@pytest.mark.parametrize(
+    "wrap", [list, torch.tensor, lambda c: torch.tensor(c).float().numpy(), lambda c: map(float, c)]
+)
 def test_missing_types(wrap):
     codes = wrap([0, 1, 2, 0])
     codes = list(codes) if isinstance(codes, map) else codes

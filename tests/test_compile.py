@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from test_formula import every_case, make
 
-BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="no compiler"))]
+BACKENDS = [
+    "aot_eager",
+    pytest.param("inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")),
+]
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, from inside the compiler
@@ -31,7 +34,9 @@ def test_compiled_training_step_with_a_dynamic_batch(backend, modalities):
             model.zero_grad()
             loss.backward()
         torch.testing.assert_close(*losses, rtol=0, atol=1e-5)
-        for a, b in zip([*leaves[0].values(), *head.parameters()], [*leaves[1].values(), *twin.parameters()], strict=True):
+        for a, b in zip(
+            [*leaves[0].values(), *head.parameters()], [*leaves[1].values(), *twin.parameters()], strict=True
+        ):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
     assert head.seen_cases == twin.seen_cases == head.cases
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2

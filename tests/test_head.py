@@ -43,9 +43,7 @@ def test_what_stands_in_missing_rows_changes_neither_logits_nor_gradients(modali
     head = make(modalities, torch.float32)
     features, present = every_case(head)
     labels = torch.arange(len(present)) % 4
-    spoilt = {
-        name: torch.where(present[:, m, None], features[name], garbage) for m, name in enumerate(head.modalities)
-    }
+    spoilt = {name: torch.where(present[:, m, None], features[name], garbage) for m, name in enumerate(head.modalities)}
     logits, by_feature, by_prototype = gradients(head, features, present, labels)
     other, by_other_feature, by_other_prototype = gradients(head, spoilt, present, labels)
     assert torch.equal(logits, other)
@@ -291,7 +289,7 @@ def test_imprint_says_which_classes_it_has_no_rows_for():
     head = make(2)
     before = {name: p.clone() for name, p in head.prototypes.items()}
     x = torch.randn(2, 5, dtype=torch.float64)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="No row of classes") as caught:
         head.imprint({"a": x}, torch.tensor([0, 2]))
     texts = [str(w.message) for w in caught]
     assert "classes [1, 3] has 'a'" in texts[0]

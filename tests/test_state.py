@@ -44,7 +44,9 @@ def test_state_dict_keys():
 def test_strict_state_dict_round_trip(tmp_path):
     head, other = trained_head(), DecoupledPrototypeHead(WIDTHS, 4).eval()
     torch.save(head.state_dict(), tmp_path / "head.pt")
-    assert str(other.load_state_dict(torch.load(tmp_path / "head.pt"), strict=True)) == "<All keys matched successfully>"
+    assert (
+        str(other.load_state_dict(torch.load(tmp_path / "head.pt"), strict=True)) == "<All keys matched successfully>"
+    )
     same(head, other)
     assert other.margin.tolist() == [0.1, 0.2, 0.3]
 

@@ -1,0 +1,50 @@
+"""What the README says runs, and what it shows is what the programs print."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import protohead
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_code_blocks_run_in_order():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["predicted"].shape == (8,)
+    assert names["head"].seen_cases == ("image+text", "image", "text")
+
+
+def test_named_functions_exist():
+    for module, name in re.findall(r"`(cases|functional|DecoupledPrototypeHead)\.(\w+)`", README):
+        owner = protohead.DecoupledPrototypeHead if module[0] == "D" else getattr(protohead, module)
+        assert callable(getattr(owner, name))
+
+
+def test_two_commands():
+    (block,) = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    assert ["quickstart" in block.splitlines()[0], "pytest" in block.splitlines()[1]] == [True, True]
+
+
+def test_table_is_in_the_quickstarts_form():
+    quickstart = pytest.importorskip("quickstart")
+    import numpy as np
+
+    cases = {"image": ("image+text", "text"), "text": ("image+text", "image"), "both": ("image+text", "image", "text")}
+    keys = [(m, case, method) for m in cases for case in (*cases[m], "all rows") for method in quickstart.METHODS]
+    printed = quickstart.table({key: np.zeros((5, 2)) for key in keys}).splitlines()
+    shown = README.split("<!-- quickstart -->\n")[1].splitlines()
+    number = re.compile(r"[+-]?\d+\.\d")
+    for expected, line in zip(printed[:-1], shown, strict=False):
+        assert number.sub("0", line) == number.sub("0", expected)
+
+
+def test_version_is_told_once():
+    assert f"version: {protohead.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {protohead.__version__} - " in (ROOT / "CHANGELOG.md").read_text()
