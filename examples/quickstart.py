@@ -152,6 +152,7 @@ def train(
 def run(path: Path, seeds: int) -> dict[tuple[str, str, str], np.ndarray]:
     """(missing, case, method) -> (seeds, 2) macro-F1 and accuracy on test."""
     data, widths, num_classes = load(path)
+    torch.set_num_threads(1)  # The products are small: threads only cost here, much where other work runs.
     scores: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
     with tqdm(total=len(MISSING) * seeds * sum(map(len, SETTINGS.values())), unit="run") as progress:
         for missing in MISSING:

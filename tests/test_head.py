@@ -122,8 +122,9 @@ def test_ignored_labels_have_no_margin_and_no_gradient():
 
 @pytest.mark.parametrize("kind", ["integer", "multi-hot"])
 @pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("autocast", [None, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_finite_at_the_ends_of_the_cosine(dtype, sign, kind):
+def test_finite_at_the_ends_of_the_cosine(dtype, autocast, sign, kind):
     torch.manual_seed(0)
     head = DecoupledPrototypeHead({"image": 64, "text": 64}, 3, shared_space=True, dtype=dtype)
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2])
@@ -136,9 +137,11 @@ def test_finite_at_the_ends_of_the_cosine(dtype, sign, kind):
     with torch.no_grad():
         head.prototypes["text"][0].copy_(head.prototypes["image"][0])  # |cos| = 1 between prototypes, too.
     targets = labels if kind == "integer" else F.one_hot(labels, 3).to(dtype)
-    logits = head(rows, present, targets)
-    loss = F.cross_entropy(logits, targets.to(logits.dtype) if kind == "multi-hot" else targets)
-    (loss + head.prototype_loss(0.01)).backward()
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        logits = head(rows, present, targets)
+        loss = F.cross_entropy(logits, targets.to(logits.dtype) if kind == "multi-hot" else targets)
+        loss = loss + head.prototype_loss(0.01)
+    loss.backward()
     assert loss.isfinite()
     for tensor in [*rows.values(), *head.parameters()]:
         assert tensor.grad.isfinite().all()
