@@ -26,20 +26,25 @@ def case_names(modalities: Sequence[str]) -> tuple[str, ...]:
     """All ``2**M - 1`` missing cases of M modalities, in order.
 
     Raises:
-        ValueError: If a name is not a non-empty string without ``"+"`` and ``"."``, or occurs twice.
+        ValueError: If a name is not a non-empty string without ``+``, ``.`` and ``,``, or occurs twice.
 
     Example:
         >>> case_names(["image", "text"])
         ('image+text', 'image', 'text')
     """
-    names = [modalities] if isinstance(modalities, str) else list(modalities)
-    for name in names:
-        if not isinstance(name, str) or not name or "+" in name or "." in name:
-            raise ValueError(f"Expected modality names to be non-empty strings without '+' and '.', but got {name!r}.")
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"Expected at least one modality and no name twice, but got {names}.")
+    names = _modality_names(modalities)
     sizes = range(len(names), 0, -1)
     return tuple("+".join(case) for size in sizes for case in combinations(names, size))
+
+
+def _modality_names(modalities: Sequence[str]) -> list[str]:
+    names = [modalities] if isinstance(modalities, str) else list(modalities)
+    for name in names:
+        if not isinstance(name, str) or not name or set(name) & set("+.,"):
+            raise ValueError(f"Expected modality names to be non-empty strings without '+.,', but got {name!r}.")
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"Expected at least one modality and no name twice, but got {names}.")
+    return names
 
 
 def case_masks(modalities: Sequence[str], cases: Sequence[str] | None = None) -> Tensor:
@@ -59,6 +64,7 @@ def case_masks(modalities: Sequence[str], cases: Sequence[str] | None = None) ->
         >>> case_masks(["image", "text"]).int().tolist()
         [[1, 1], [1, 0], [0, 1]]
     """
+    modalities = _modality_names(modalities)
     known = case_names(modalities)
     if cases is not None:
         declared = [cases] if isinstance(cases, str) else list(cases)
@@ -216,6 +222,7 @@ def present_from_flags(
         >>> present_from_flags({"image": [True, None], "text": [True, True]}, ["image", "text"]).tolist()
         [[True, True], [False, True]]
     """
+    modalities = _modality_names(modalities)
     if unknown := [name for name in flags if name not in modalities]:
         raise ValueError(f"Expected flags for the modalities {tuple(modalities)}, but got {unknown}.")
     columns = {name: _values(name, column) for name, column in flags.items() if column is not None}
@@ -238,8 +245,9 @@ def _present_from_codes(
     modalities: Sequence[str],
     device: torch.device | str | None,
 ) -> Tensor:
-    if sorted(modalities) != ["image", "text"]:
-        raise ValueError(f"Expected `modalities` to be 'image' and 'text', in any order, but got {tuple(modalities)}.")
+    modalities = _modality_names(modalities)
+    if set(modalities) != {"image", "text"}:
+        raise ValueError(f"Expected `modalities` to be 'image' and 'text', in any order, but got {modalities}.")
     values = _values("codes", codes)
     for row, value in enumerate(values):
         if isinstance(value, bool):
@@ -254,7 +262,9 @@ def _present_from_codes(
 
 def _values(name: str, column: Any) -> list[Any]:
     """A column as Python values: the elements of tensors and arrays are unpacked, so that True is not taken for 1."""
-    if isinstance(column, (str, bytes, Mapping)) or len(getattr(column, "shape", "1")) != 1:
-        raise ValueError(f"Expected {name!r} to be one-dimensional, one value a row, but got {column!r}.")
+    shape = getattr(column, "shape", None)
+    if isinstance(column, (str, bytes, Mapping)) or not hasattr(column, "__len__") or (shape and len(shape) != 1):
+        got = f"shape {tuple(shape)}" if shape else repr(column)
+        raise ValueError(f"Expected {name!r} to be one-dimensional, one value a row, but got {got}.")
     values = column.tolist() if hasattr(column, "tolist") else column
-    return [value.item() if hasattr(value, "item") else value for value in values]
+    return [value.item() if getattr(value, "shape", None) == () else value for value in values]

@@ -74,6 +74,7 @@ def add_angular_margin(cosine: Tensor, labels: Tensor, margin: Tensor) -> Tensor
     """
     margin = margin[:, None]
     if labels.is_floating_point():
+        labels = labels.to(cosine.dtype)
         return labels * _phi(cosine, margin) + (1 - labels) * cosine
     target = labels.clamp(min=0)[:, None]
     z = cosine.gather(1, target)

@@ -44,8 +44,8 @@ class DecoupledPrototypeHead(nn.Module):
         modalities: The M names in order.
         cases: The C case names in order: by number of modalities present, descending, then in modality order.
         prototypes: Name of a modality to its (V, K, D_m) Parameter: V blocks, one per case that holds it, in order.
-        scale: (C,) float64 buffer.
-        margin: (C,) float64 buffer, radians.
+        scale: (C,) float64 buffer; change it in place, as in ``head.scale.fill_(16)``.
+        margin: (C,) float64 buffer, radians; change it in place.
         seen: (C,) bool buffer: the cases that training has seen.
 
     Raises:
@@ -89,7 +89,7 @@ class DecoupledPrototypeHead(nn.Module):
         self.cases = tuple("+".join(compress(self.modalities, mask)) for mask in masks.tolist())
         for name, width in self.in_features.items():
             check_count(f"in_features[{name!r}]", width)
-            if hasattr(nn.ParameterDict, name):
+            if hasattr(nn.ParameterDict(), name):
                 raise ValueError(f"Expected a modality name that nn.ParameterDict can hold, but got {name!r}.")
         if shared_space and len(set(self.in_features.values())) > 1:
             raise ValueError(f"Expected equal widths with `shared_space=True`, but got {self.in_features}.")
@@ -209,7 +209,6 @@ class DecoupledPrototypeHead(nn.Module):
 
     # -- prototypes without training, and anew ------------------------------------------------------------------------
 
-    @torch.no_grad()
     def imprint(self, features: Features, labels: Tensor, present: Tensor | None = None) -> None:
         """Set the prototypes to class means: a classifier with no training (weight imprinting, arXiv 1712.07136).
 
@@ -221,27 +220,36 @@ class DecoupledPrototypeHead(nn.Module):
             labels: As in :meth:`forward`; soft labels weigh the rows.
             present: As in :meth:`forward`.
 
+        Raises:
+            ValueError: As :meth:`forward`; also if features that are present are not finite.
+
         Warns:
             UserWarning: For classes that have no row with a modality; their prototypes stay as they are.
         """
         rows, present = read_features(features, present, self.in_features)
         check_labels(labels, present.shape[0], self.num_classes)
+        for m, x in enumerate(rows):
+            if (wrong := present[:, m] & ~x.isfinite().all(1)).any():
+                row = wrong.nonzero()[0].item()
+                raise ValueError(f"Expected finite features of {self.modalities[m]!r}, but row {row} has others.")
         if not labels.is_floating_point():
             labels = (labels[:, None] == torch.arange(self.num_classes, device=labels.device)).float()
-        given = []
-        with _full_precision(present.device):
+        unknown, given = {}, []
+        with torch.no_grad(), _full_precision(present.device):
             for m, name in enumerate(self.modalities):
                 prototype, here = self.prototypes[name], present[:, m, None]
                 dtype = _wide(rows[m], prototype)
                 weight = torch.where(here, labels, 0).to(dtype)
                 mean = weight.T @ normalize(torch.where(here, rows[m], 0).to(dtype))
-                known = weight.sum(0) > 0
+                known = (mean != 0).any(1)
                 prototype.copy_(torch.where(known[:, None], normalize(mean), prototype))
                 given.append(known.any())
-                if unknown := (~known).nonzero()[:, 0].tolist():
-                    what = f"No row of classes {unknown} has {name!r}: these prototypes are unchanged."
-                    warnings.warn(what, stacklevel=2)
-        self.seen |= (torch.stack(given) | ~self._masks).all(1)
+                unknown[name] = (~known).nonzero()[:, 0].tolist()
+            self.seen |= (torch.stack(given) | ~self._masks).all(1)
+        for name, classes in unknown.items():
+            if classes:
+                what = f"No row of classes {classes} has {name!r}: these prototypes are unchanged."
+                warnings.warn(what, stacklevel=2)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -255,6 +263,7 @@ class DecoupledPrototypeHead(nn.Module):
         """Start anew with another number of classes. The Parameters are new: give them to the optimizer."""
         parameter = next(self.parameters())
         self._new_prototypes(num_classes, parameter.device, parameter.dtype)
+        self.prototypes.requires_grad_(parameter.requires_grad)
         self.reset_parameters()
 
     def extra_repr(self) -> str:
@@ -275,10 +284,15 @@ class DecoupledPrototypeHead(nn.Module):
         return torch.tensor(list(",".join(self.cases).encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Refuse another head's checkpoint: with equal shapes its cases would be swapped in silence."""
-        cases = tuple(bytes(state.tolist()).decode().split(","))
+        """Refuse the checkpoint of a head with other cases: where the shapes agree they would be swapped in silence."""
+        cases = tuple(bytes(state.to(torch.uint8).tolist()).decode().split(","))
         if cases != self.cases:
             raise ValueError(f"Expected a checkpoint of a head with the cases {self.cases}, but got one with {cases}.")
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        if (state := state_dict.get(f"{prefix}_extra_state")) is not None:
+            self.set_extra_state(state)  # Before anything is copied.
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DecoupledPrototypeHead":
         # Buffers follow the device only: `half()` must not round a margin, nor `to_empty()` wipe what was seen.
@@ -289,7 +303,7 @@ class DecoupledPrototypeHead(nn.Module):
             self._buffers = buffers
         device = next(self.parameters()).device
         if device.type != "meta":
-            for name, value in self.named_buffers():
+            for name, value in self.named_buffers(recurse=False):
                 dtype = _constant_dtype(device) if value.is_floating_point() else value.dtype
                 buffers[name] = value.to(device, dtype)
         return self

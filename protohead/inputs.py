@@ -1,6 +1,7 @@
 """What a head accepts: every check that stands between a wrong input and a silent wrong answer."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -17,26 +18,28 @@ def read_features(features: Features, present: Tensor | None, widths: Mapping[st
     Zeros stand in for a modality that is not given, so that its prototypes stay in the graph, as DDP needs.
     """
     given = _named(features, widths)
+    if present is not None:
+        check_present(present, tuple(widths))
     first = next(iter(given.values()), present)
     if first is None:
         raise ValueError(f"Expected features of at least one of {tuple(widths)}, or `present`, but got neither.")
-    batch = first.shape[0]  # len() would fix the batch size of an exported graph.
-    if any(x.shape[0] != batch for x in given.values()):
-        sizes = {name: x.shape[0] for name, x in given.items()}
+    sizes = {name: x.shape[0] for name, x in given.items()}  # len() would fix the batch size of an exported graph.
+    if present is not None:
+        sizes["present"] = present.shape[0]
+    batch = first.shape[0]
+    if any(size != batch for size in sizes.values()):
         raise ValueError(f"Expected one batch size, but got {sizes}.")
-    dtype = first.dtype if given else None
     rows = [
-        given[name] if name in given else torch.zeros(batch, width, dtype=dtype, device=first.device)
+        given[name] if name in given else torch.zeros(batch, width, device=first.device)
         for name, width in widths.items()
     ]
     if present is None:
         return rows, torch.stack([(x != 0).any(1) for x in rows], dim=1)
-    check_present(present, tuple(widths), batch)
     if len(given) == len(widths):
         return rows, present
     there = torch.tensor([name in given for name in widths], device=present.device)
-    # Compiled, and on the meta device, where values cannot be read, a modality that is not given is missing.
-    if not torch.compiler.is_compiling() and not present.is_meta and (present & ~there).any():
+    # In a compiled graph, where values cannot be read, a modality that is not given is missing.
+    if not torch.compiler.is_compiling() and (present & ~there).any():
         row, m = (present & ~there).nonzero()[0].tolist()
         raise ValueError(
             f"Expected features of {tuple(widths)[m]!r}, which `present` says that row {row} has; got none."
@@ -68,30 +71,25 @@ def _named(features: Features, widths: Mapping[str, int]) -> dict[str, Tensor]:
     return given
 
 
-def check_present(present: Tensor, modalities: Sequence[str], batch: int | None = None) -> None:
+def check_present(present: Tensor, modalities: Sequence[str]) -> None:
     """A (B, M) bool tensor."""
     if not isinstance(present, Tensor) or present.dtype != torch.bool:
         raise TypeError(
             f"Expected argument `present` to be a bool tensor, but got {_kind(present)}; "
-            "protohead.present_from_missing_type and its like convert other projects' codes."
+            "a mask of 0 and 1 takes .bool(), and protohead.present_from_missing_type converts MAP's codes."
         )
-    rows = present.shape[0] if batch is None and present.dim() else batch
-    if present.shape != (rows, len(modalities)):
-        wanted = f"({'B' if batch is None else batch}, {len(modalities)})"
-        got = tuple(present.shape)
+    if present.dim() != 2 or present.shape[1] != len(modalities):
+        wanted, got = f"(B, {len(modalities)})", tuple(present.shape)
         raise ValueError(f"Expected argument `present` to be of shape {wanted} for {tuple(modalities)}, but got {got}.")
 
 
 def check_labels(labels: Tensor, batch: int, num_classes: int) -> None:
     """(B,) int64 in [0, K) or -100, or (B, K) floating-point in [0, 1]."""
+    wanted = f"int64 ({batch},), or floating-point ({batch}, {num_classes})"
     if not isinstance(labels, Tensor) or not (labels.dtype == torch.int64 or labels.is_floating_point()):
-        raise TypeError(
-            f"Expected argument `labels` to be int64 (B,) or floating-point (B, K), but got {_kind(labels)}."
-        )
-    shape = (batch, num_classes) if labels.is_floating_point() else (batch,)
-    if labels.shape != shape:
-        got = tuple(labels.shape)
-        raise ValueError(f"Expected argument `labels` of {labels.dtype} to be of shape {shape}, but got {got}.")
+        raise TypeError(f"Expected argument `labels` to be {wanted}, but got {_kind(labels)}.")
+    if labels.shape != ((batch, num_classes) if labels.is_floating_point() else (batch,)):
+        raise ValueError(f"Expected argument `labels` to be {wanted}, but got {labels.dtype} {tuple(labels.shape)}.")
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return  # Reading the values would wait for the device, or break the graph.
     if labels.is_floating_point():
@@ -108,15 +106,18 @@ def check_labels(labels: Tensor, batch: int, num_classes: int) -> None:
 def per_case(argument: str, value: float | Mapping[str, float], cases: Sequence[str]) -> list[float]:
     """One number per case, from one for all or from a mapping that names them all."""
     if not isinstance(value, Mapping):
-        return [float(value)] * len(cases)
+        value = dict.fromkeys(cases, value)
     if set(value) != set(cases):
         raise ValueError(f"Expected argument `{argument}` to name exactly the cases {cases}, but got {tuple(value)}.")
+    for number in value.values():
+        if not isinstance(number, Real) or isinstance(number, bool):
+            raise TypeError(f"Expected argument `{argument}` to be a number, or numbers by case, but got {number!r}.")
     return [float(value[case]) for case in cases]
 
 
 def check_count(argument: str, value: Any) -> None:
     """A positive integer."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"Expected argument `{argument}` to be a positive integer, but got {value!r}.")
 
 

@@ -22,10 +22,11 @@ def test_order_of_the_cases():
         "text",
         "audio",
     )
+    assert case_masks("image").tolist() == [[True]]
     assert len(case_names([f"m{i}" for i in range(8)])) == 255
 
 
-@pytest.mark.parametrize("names", [[], ["a", "a"], ["a+b"], ["a.b"], [""], [3]])
+@pytest.mark.parametrize("names", [[], ["a", "a"], ["a+b"], ["a.b"], ["a,b"], [""], [3]])
 def test_wrong_modality_names(names):
     with pytest.raises(ValueError, match="modality"):
         case_names(names)
@@ -126,10 +127,15 @@ def test_other_wrong_arguments_of_the_converters():
         present_from_missing_type([0], ["img", "text"])
     with pytest.raises(ValueError, match="'both'"):
         present_from_ragpt([0], "audio", PAIR)
-    with pytest.raises(ValueError, match="one-dimensional"):
-        present_from_missing_type(torch.zeros(2, 2), PAIR)
-    with pytest.raises(ValueError, match="one-dimensional"):
-        present_from_missing_type("012", PAIR)
+    for wrong, shown in ((torch.zeros(2, 2), r"shape \(2, 2\)"), ("012", "'012'"), (1, "got 1"), (None, "got None")):
+        with pytest.raises(ValueError, match=f"one-dimensional.*{shown}"):
+            present_from_missing_type(wrong, PAIR)
+    for wrong in ("image", ["image", "image"], ["image", 2]):
+        with pytest.raises(ValueError, match="modalit"):
+            present_from_missing_type([0], wrong)
+    with pytest.raises(ValueError, match="no name twice"):
+        present_from_flags({"image": [True]}, ["image", "image"])
+    assert present_from_flags({"image": [True]}, "image").shape == (1, 1)
 
 
 def test_empty_and_device():

@@ -132,6 +132,29 @@ def test_gradients(shared_space):
     assert torch.autograd.gradcheck(loss, inputs)
 
 
+def test_gradients_with_soft_labels():
+    head = DecoupledPrototypeHead({"a": 3, "b": 2}, 3, dtype=torch.float64)
+    features, present = every_case(head, rows=1)
+    labels = torch.rand(len(present), 3, dtype=torch.float64)
+    inputs = [x.requires_grad_() for x in features.values()] + list(head.prototypes.values())
+    assert torch.autograd.gradcheck(lambda a, b, *_: head({"a": a, "b": b}, present, labels), inputs)
+
+
+@pytest.mark.parametrize("parameters", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.float32, torch.float64])
+def test_mixed_dtypes_are_computed_in_the_widest(parameters, given):
+    head = make(2, parameters, shared_space=False)
+    features, present = every_case(head)
+    features = {"a": features["a"].to(given), "b": features["b"]}
+    labels = torch.rand(len(present), 4).to(given)
+    expected = reference.contributions(head, features, present, labels=labels)
+    wide = torch.float64 if torch.float64 in (parameters, given) else torch.float32
+    logits = head(features, present, labels)
+    assert logits.dtype == wide
+    assert (logits - expected).abs().max() < TOLERANCE[wide] * 32
+    assert head.contributions({"b": features["b"]}).dtype == (wide if parameters == wide else torch.float32)
+
+
 def published_head(head, features, missing_type, labels, y):
     """The two-modality head as the papers write it: gather each row's weights, normalise, multiply, add the margins."""
     image, text = head.prototypes["image"], head.prototypes["text"]

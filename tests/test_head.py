@@ -76,6 +76,12 @@ def test_nothing_present_is_uniform_and_without_gradient():
     assert head.seen_cases == ()
 
 
+def test_features_without_a_positive_entry_are_present():
+    head = make(2)
+    x = -torch.rand(4, 8, dtype=torch.float64) - 0.1
+    assert torch.equal(head(x), head(x, torch.ones(4, 2, dtype=torch.bool)))
+
+
 def test_present_none_is_the_zero_padding_convention():
     head = make(3)
     features, present = every_case(head)
@@ -207,6 +213,8 @@ def test_training_marks_the_cases_of_the_batch_as_seen_and_eval_does_not():
     assert head.seen_cases == ()
     head.train()(features, present[[0, 2, 3, 3]])
     assert head.seen_cases == ("a+b", "b")
+    head(features, present[[1]].repeat(4, 1))
+    assert head.seen_cases == ("a+b", "a", "b")
     head.reset_parameters()
     assert head.seen_cases == ()
 
@@ -275,6 +283,30 @@ def test_imprint_is_the_class_means():
     head.reset_parameters()
     head.imprint(features, one_hot, present)
     assert all(torch.equal(a, b) for a, b in zip(before, head.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_imprint_is_computed_in_full_precision_and_adds_to_what_was_seen(dtype):
+    head = make(2, torch.float32)
+    x = torch.randn(200, 5).to(dtype)
+    labels = torch.arange(200) % 4
+    with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="'b'"):
+        head.imprint({"a": x}, labels)
+    for k in range(4):
+        mean = F.normalize(F.normalize(x[labels == k].double(), dim=1).mean(0), dim=0)
+        assert (head.prototypes["a"][:, k] - mean).abs().max() < 1e-6
+    with pytest.warns(UserWarning, match="'a'"):
+        head.imprint({"b": torch.randn(4, 3)}, torch.arange(4))
+    assert head.seen_cases == ("a", "b")
+
+
+def test_imprint_leaves_a_class_whose_rows_cancel():
+    head = make(1)
+    before = head.prototypes["a"].clone()
+    x = torch.randn(1, 5, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=r"classes \[0, 2, 3\]"):
+        head.imprint(torch.cat([x, -x, x]), torch.tensor([0, 0, 1]))
+    assert torch.equal(head.prototypes["a"][:, [0, 2, 3]], before[:, [0, 2, 3]])
 
 
 def test_imprint_classifies_without_training():

@@ -87,6 +87,11 @@ def test_a_row_keeps_its_only_modality():
         ({"split": np.array(["train", "dev", "test"] * 100)}, r"got \['dev', 'test', 'train'\]"),
         ({"split": np.array(["train", "val", "test"])}, r"\(300,\)"),
         ({"label": np.array([{}] * ROWS)}, "cannot be read"),
+        ({"label": np.zeros(ROWS, dtype=int)}, r"all in the training split, but \[1\] are not"),
+        ({"label": np.arange(ROWS) % 3 + 1}, r"\[0\] are not"),
+        ({"label": np.arange(ROWS) % 3 * 1000}, r"\[1, 2, 3, 4, 5\]\.\.\. are not"),
+        ({"image": np.zeros((ROWS, 2)), "text": np.zeros((ROWS, 2))}, "'train' that are not all zeros"),
+        ({"image": np.full((ROWS, 2), 1e300)}, "'image' row 0 is not"),
     ],
 )
 def test_wrong_files(tmp_path, monkeypatch, capsys, changes, match):
@@ -100,9 +105,13 @@ def test_wrong_files(tmp_path, monkeypatch, capsys, changes, match):
 
 def test_other_wrong_arguments(tmp_path, monkeypatch, capsys):
     (tmp_path / "text.npz").write_text("not a zip")
+    (tmp_path / "truncated.npz").write_bytes(small_file(tmp_path / "data.npz").read_bytes()[:5000])
     for arguments, message in (
-        (["--data", tmp_path / "none.npz"], "there is no file"),
-        (["--data", tmp_path / "text.npz"], "cannot be read"),
+        (["--data", tmp_path / "none.npz"], "does not exist"),
+        (["--data", tmp_path / "text.npz"], "is not an .npz file"),
+        (["--data", tmp_path], "is not an .npz file"),
+        (["--data", tmp_path / "truncated.npz"], "is not an .npz file"),
+        (["--figure", tmp_path / "figure.foo"], ".png, .pdf or .svg"),
         (["--seeds", 0], "at least 1, but got 0"),
         (["--figure", tmp_path / "none" / "figure.png"], "folder that exists"),
     ):

@@ -71,14 +71,29 @@ def test_copies(twin):
     assert head.seen_cases == ("image+text", "text")
 
 
+def test_a_checkpoint_cast_to_half_by_hand_loads():
+    head, other = trained_head(), DecoupledPrototypeHead(WIDTHS, 4)
+    other.load_state_dict({name: value.half() for name, value in head.state_dict().items()})
+    assert other.seen_cases == head.seen_cases
+
+
 def test_another_heads_checkpoint_is_refused():
     state = trained_head().state_dict()
     for other in (
         DecoupledPrototypeHead({"text": 3, "image": 5}, 4),  # Equal shapes; its cases are in another order.
         DecoupledPrototypeHead({"image": 5, "audio": 3}, 4),
     ):
-        with pytest.raises((ValueError, RuntimeError), match=r"('image\+text', 'image', 'text')|prototypes.audio"):
-            other.load_state_dict(state)
+        before = copy.deepcopy(other.state_dict())
+        with pytest.raises(ValueError, match=r"cases .*, but got one with \('image\+text', 'image', 'text'\)"):
+            torch.nn.Sequential(other).load_state_dict({f"0.{name}": value for name, value in state.items()})
+        torch.testing.assert_close(dict(other.state_dict()), dict(before), rtol=0, atol=0)
+
+
+def test_swapped_cases_are_refused():
+    head = DecoupledPrototypeHead({"a": 3, "b": 3}, 2, cases=["a", "b"])
+    other = DecoupledPrototypeHead({"b": 3, "a": 3}, 2, cases=["a", "b"])
+    with pytest.raises(ValueError, match="cases"):
+        other.load_state_dict(head.state_dict())
 
 
 def test_meta_device_construction():
@@ -112,6 +127,25 @@ def test_repr_makes_an_equal_head():
     same(head, other.eval())
     assert repr(other) == repr(head)
     assert repr(torch.nn.Sequential(head)).splitlines()[1].strip() == f"(0): {head!r}"
+
+
+def test_the_widths_are_the_heads_own():
+    widths = dict(WIDTHS)
+    head = DecoupledPrototypeHead(widths, 4)
+    widths["image"] = 9
+    assert head.in_features == WIDTHS
+
+
+def test_reset_keeps_a_frozen_head_frozen():
+    head = trained_head().requires_grad_(False)
+    head.reset(7)
+    assert not any(p.requires_grad for p in head.parameters())
+
+
+def test_buffers_of_children_stay_with_them():
+    head = trained_head()
+    head.prototypes.register_buffer("mask", torch.ones(2))
+    assert set(dict(head.double().named_buffers(recurse=False))) == {"scale", "margin", "seen", "_masks", "_block"}
 
 
 def test_reset():

@@ -1,5 +1,7 @@
 """Each wrong use is an error that says what was expected and what came."""
 
+import math
+
 import pytest
 import torch
 
@@ -21,11 +23,19 @@ LABELS = torch.tensor([0, 4])
         ({"in_features": {"image": 4.0}}, ValueError, "positive integer, but got 4.0"),
         ({"in_features": {"a+b": 4}}, ValueError, "'a.b'"),
         ({"in_features": {"keys": 4}}, ValueError, "ParameterDict can hold, but got 'keys'"),
+        ({"in_features": {"training": 4}}, ValueError, "got 'training'"),
+        ({"in_features": {"a,b": 4}}, ValueError, "got 'a,b'"),
         ({"num_classes": 0}, ValueError, "`num_classes` to be a positive integer, but got 0"),
         ({"num_classes": True}, ValueError, "got True"),
         ({"scale": 0}, ValueError, "`scale` to be positive, but got 0"),
         ({"scale": float("nan")}, ValueError, "`scale`"),
+        ({"scale": "32"}, TypeError, "`scale` to be a number, or numbers by case, but got '32'"),
+        ({"scale": True}, TypeError, "got True"),
+        ({"margin": [0.1, 0.2, 0.3]}, TypeError, "`margin` .* got .0.1, 0.2, 0.3."),
         ({"scale": {"image+text": 32}}, ValueError, r"`scale` to name exactly .*'text'\), but got \('image\+text',\)"),
+        ({"scale": float("inf")}, ValueError, "`scale` to be positive, but got inf"),
+        ({"scale": None}, TypeError, "got None"),
+        ({"margin": math.pi}, ValueError, "`margin`"),
         ({"margin": -0.1}, ValueError, "`margin`"),
         ({"margin": 30}, ValueError, "radians, but got 30"),
         ({"margin": {"image+text": 0.1, "image": 0.1, "txt": 0.1}}, ValueError, "'txt'"),
@@ -50,15 +60,24 @@ def test_construction(arguments, error, match):
         ({"image": TEXT}, None, None, ValueError, r"'image' to be of shape \(B, 4\), but got \(2, 3\)"),
         ({"image": IMAGE, "text": TEXT[:1]}, None, None, ValueError, "'image': 2, 'text': 1"),
         ({}, None, None, ValueError, "at least one of"),
-        ({"image": IMAGE, "text": TEXT}, BOTH[:, :1], None, ValueError, r"\(2, 2\) .*, but got \(2, 1\)"),
-        ({"image": IMAGE, "text": TEXT}, BOTH[:1], None, ValueError, r"\(2, 2\) .*, but got \(1, 2\)"),
+        ({"image": IMAGE, "text": TEXT}, BOTH[:, :1], None, ValueError, r"\(B, 2\) .*, but got \(2, 1\)"),
+        ({"image": IMAGE, "text": TEXT}, BOTH[:1], None, ValueError, "'text': 2, 'present': 1"),
         ({"image": IMAGE, "text": TEXT}, BOTH[0], None, ValueError, r"but got \(2,\)"),
-        ({"image": IMAGE, "text": TEXT}, BOTH.long(), None, TypeError, "bool tensor, but got torch.int64; protohead.p"),
+        (
+            {"image": IMAGE, "text": TEXT},
+            BOTH.long(),
+            None,
+            TypeError,
+            "bool tensor, but got torch.int64; .* takes .bool",
+        ),
         ({"image": IMAGE, "text": TEXT}, [[True, True]] * 2, None, TypeError, "bool tensor, but got list"),
+        ({}, [[True, True]], None, TypeError, "bool tensor, but got list"),
+        ({}, torch.tensor(True), None, ValueError, r"\(B, 2\) .*, but got \(\)"),
+        ({"image": IMAGE}, None, torch.full((2, 5), -0.5), ValueError, "got -0.5 in row 0"),
         ({"image": IMAGE}, BOTH, None, ValueError, "'text', which `present` says that row 0 has"),
         ({"image": IMAGE, "text": None}, BOTH, None, ValueError, "'text'"),
-        ({"image": IMAGE}, None, LABELS.float(), ValueError, r"float32 to be of shape \(2, 5\), but got \(2,\)"),
-        ({"image": IMAGE}, None, LABELS[:1], ValueError, r"int64 to be of shape \(2,\), but got \(1,\)"),
+        ({"image": IMAGE}, None, LABELS.float(), ValueError, r"point \(2, 5\), but got torch.float32 \(2,\)"),
+        ({"image": IMAGE}, None, LABELS[:1], ValueError, r"int64 \(2,\), .*, but got torch.int64 \(1,\)"),
         ({"image": IMAGE}, None, LABELS.int(), TypeError, "got torch.int32"),
         ({"image": IMAGE}, None, [0, 4], TypeError, "got list"),
         ({"image": IMAGE}, None, LABELS + 1, ValueError, r"in \[0, 5\), or -100, but got 5 in row 1"),
@@ -78,6 +97,19 @@ def test_forward(features, present, labels, error, match):
     else:
         with pytest.raises(error, match=match):
             head.imprint(features, labels, present)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_imprint_from_features_that_are_not_finite(wrong):
+    head = DecoupledPrototypeHead(WIDTHS, 5)
+    before = {name: value.clone() for name, value in head.state_dict().items()}
+    text = torch.tensor([[1.0, 2.0, 3.0], [1.0, wrong, 3.0]])
+    with pytest.raises(ValueError, match="finite features of 'text', but row 1"):
+        head.imprint({"image": IMAGE, "text": text}, LABELS)
+    torch.testing.assert_close(dict(head.state_dict()), before, rtol=0, atol=0)
+    with pytest.warns(UserWarning, match="No row"):
+        head.imprint({"image": IMAGE, "text": text}, LABELS, torch.tensor([[True, True], [True, False]]))
+    assert all(p.isfinite().all() for p in head.parameters())
 
 
 def test_other_methods():
