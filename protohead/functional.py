@@ -126,7 +126,7 @@ def _contrast(prototypes: Tensor, seen: Tensor, temperature: float) -> tuple[Ten
     flat = rearrange(prototypes, "v k d -> (v k) d")
     similarity = flat @ flat.T / temperature
     contrast = seen.repeat_interleave(classes) & ~torch.eye(len(flat), dtype=torch.bool, device=flat.device)
-    # A finite stand-in for -inf: a row with no contrast at all would have a NaN gradient.
+    # Not -inf: a row with no contrast at all would put NaN into the backward pass.
     log_sum = torch.where(contrast, similarity, -1e30).logsumexp(1)
     # The positives of an anchor are summed before the product: a·(Σp) costs K·V·D, not (K·V)²·D.
     others = torch.where(seen[:, None, None], prototypes, 0).sum(0) - prototypes
