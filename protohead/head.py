@@ -82,13 +82,12 @@ class DecoupledPrototypeHead(nn.Module):
         super().__init__()
         if not isinstance(in_features, Mapping):
             raise TypeError(f"Expected argument `in_features` to map names to widths, but got {in_features!r}.")
-        self.in_features = dict(in_features)
+        self.in_features = {name: check_count(f"in_features[{name!r}]", width) for name, width in in_features.items()}
         self.modalities = tuple(in_features)
         self.shared_space = shared_space
         masks = case_masks(self.modalities, cases)
         self.cases = tuple("+".join(compress(self.modalities, mask)) for mask in masks.tolist())
-        for name, width in self.in_features.items():
-            check_count(f"in_features[{name!r}]", width)
+        for name in self.modalities:
             if hasattr(nn.ParameterDict(), name):
                 raise ValueError(f"Expected a modality name that nn.ParameterDict can hold, but got {name!r}.")
         if shared_space and len(set(self.in_features.values())) > 1:
@@ -311,11 +310,10 @@ class DecoupledPrototypeHead(nn.Module):
     # -- the steps ----------------------------------------------------------------------------------------------------
 
     def _new_prototypes(self, num_classes: int, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        check_count("num_classes", num_classes)
-        self.num_classes = num_classes
+        self.num_classes = check_count("num_classes", num_classes)
         for name, width in self.in_features.items():
-            blocks = sum(name in case.split("+") for case in self.cases)
-            self.prototypes[name] = nn.Parameter(torch.empty(blocks, num_classes, width, device=device, dtype=dtype))
+            shape = sum(name in case.split("+") for case in self.cases), self.num_classes, width
+            self.prototypes[name] = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
     def _seen_or_all(self) -> Tensor:
         return self.seen | ~self.seen.any()

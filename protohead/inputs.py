@@ -23,11 +23,10 @@ def read_features(features: Features, present: Tensor | None, widths: Mapping[st
     first = next(iter(given.values()), present)
     if first is None:
         raise ValueError(f"Expected features of at least one of {tuple(widths)}, or `present`, but got neither.")
-    sizes = {name: x.shape[0] for name, x in given.items()}  # len() would fix the batch size of an exported graph.
-    if present is not None:
-        sizes["present"] = present.shape[0]
-    batch = first.shape[0]
-    if any(size != batch for size in sizes.values()):
+    batch = first.shape[0]  # len() would fix the batch size of an exported graph.
+    inputs = given if present is None else {**given, "present": present}
+    if any(x.shape[0] != batch for x in inputs.values()):
+        sizes = {name: x.shape[0] for name, x in inputs.items()}
         raise ValueError(f"Expected one batch size, but got {sizes}.")
     rows = [
         given[name] if name in given else torch.zeros(batch, width, device=first.device)
@@ -85,11 +84,12 @@ def check_present(present: Tensor, modalities: Sequence[str]) -> None:
 
 def check_labels(labels: Tensor, batch: int, num_classes: int) -> None:
     """(B,) int64 in [0, K) or -100, or (B, K) floating-point in [0, 1]."""
-    wanted = f"int64 ({batch},), or floating-point ({batch}, {num_classes})"
+    wanted = f"int64 (B,), or floating-point (B, {num_classes})"  # Writing `batch` out here would fix it in a graph.
     if not isinstance(labels, Tensor) or not (labels.dtype == torch.int64 or labels.is_floating_point()):
         raise TypeError(f"Expected argument `labels` to be {wanted}, but got {_kind(labels)}.")
     if labels.shape != ((batch, num_classes) if labels.is_floating_point() else (batch,)):
-        raise ValueError(f"Expected argument `labels` to be {wanted}, but got {labels.dtype} {tuple(labels.shape)}.")
+        got = f"{labels.dtype} {tuple(labels.shape)} for B = {batch}"
+        raise ValueError(f"Expected argument `labels` to be {wanted}, but got {got}.")
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
         return  # Reading the values would wait for the device, or break the graph.
     if labels.is_floating_point():
@@ -115,10 +115,11 @@ def per_case(argument: str, value: float | Mapping[str, float], cases: Sequence[
     return [float(value[case]) for case in cases]
 
 
-def check_count(argument: str, value: Any) -> None:
-    """A positive integer."""
+def check_count(argument: str, value: Any) -> int:
+    """A positive integer, NumPy's included."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"Expected argument `{argument}` to be a positive integer, but got {value!r}.")
+    return int(value)
 
 
 def _kind(value: Any) -> object:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
@@ -146,6 +147,12 @@ def test_buffers_of_children_stay_with_them():
     head = trained_head()
     head.prototypes.register_buffer("mask", torch.ones(2))
     assert set(dict(head.double().named_buffers(recurse=False))) == {"scale", "margin", "seen", "_masks", "_block"}
+
+
+def test_numpy_numbers_are_numbers():
+    head = DecoupledPrototypeHead({"image": np.int64(5)}, np.int64(4), scale=np.float32(16))
+    assert "np." not in repr(head)
+    assert head.scale.tolist() == [16.0]
 
 
 def test_reset():
