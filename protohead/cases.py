@@ -102,7 +102,7 @@ def nearest_case(present: Tensor, masks: Tensor, allowed: Tensor | None = None) 
         [0]
     """
     count, width = masks.shape
-    shared = (present[:, None] & masks).sum(2)  # (B, C)
+    shared = (present.float() @ masks.T.float()).long()  # (B, C); small whole numbers are exact
     size = present.sum(1, keepdim=True)
     # One integer ranks the cases: those that hold all that the row has, smallest first, are above M, the others below.
     rank = torch.where(shared == size, 2 * width + 1 - masks.sum(1), shared)

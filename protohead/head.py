@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from protohead.cases import case_masks, nearest_case
-from protohead.functional import add_angular_margin, case_cosine, normalize, prototype_contrast
+from protohead.functional import add_angular_margin, case_cosine, grouped_cosine, normalize, prototype_contrast
 from protohead.inputs import Features, check_count, check_labels, check_present, per_case, read_features
 
 __all__ = ["DecoupledPrototypeHead"]
@@ -150,7 +150,10 @@ class DecoupledPrototypeHead(nn.Module):
         if self.training:
             self._mark_seen(case, active)
         with _full_precision(present.device):
-            cosine = reduce(torch.add, self._mean_cosines(rows, case, active))
+            if present.device.type == "cpu" and not torch.compiler.is_compiling():  # Where the host may read the masks.
+                cosine = grouped_cosine(*self._widened(rows), self._block[case], active)
+            else:
+                cosine = reduce(torch.add, self._mean_cosines(rows, case, active))
             if labels is not None:
                 # Without a margin φ is the identity: a row that nothing scores keeps its zeros.
                 margin = torch.where(active.any(1), self.margin[case], 0)
@@ -336,13 +339,17 @@ class DecoupledPrototypeHead(nn.Module):
 
     def _mean_cosines(self, rows: list[Tensor], case: Tensor, active: Tensor) -> list[Tensor]:
         """One (B, K) tensor per modality: its cosines over the number of modalities that score the row."""
-        prototypes = [self.prototypes[name] for name in self.modalities]
-        dtype = _wide(*rows, *prototypes)
         count = active.sum(1, keepdim=True).clamp(min=1)
         return [
-            case_cosine(x.to(dtype), p.to(dtype), self._block[case, m], active[:, m]) / count
-            for m, (x, p) in enumerate(zip(rows, prototypes, strict=True))
+            case_cosine(x, p, self._block[case, m], active[:, m]) / count
+            for m, (x, p) in enumerate(zip(*self._widened(rows), strict=True))
         ]
+
+    def _widened(self, rows: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Features and prototypes in the dtype in which they are computed."""
+        prototypes = [self.prototypes[name] for name in self.modalities]
+        dtype = _wide(*rows, *prototypes)
+        return [x.to(dtype) for x in rows], [p.to(dtype) for p in prototypes]
 
 
 def _constant_dtype(device: torch.device) -> torch.dtype:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from protohead import DecoupledPrototypeHead
-from protohead.functional import add_angular_margin, prototype_contrast
+from protohead.functional import add_angular_margin, grouped_cosine, prototype_contrast
 
 WIDTHS = {1: {"a": 5}, 2: {"a": 5, "b": 3}, 3: {"a": 5, "b": 3, "c": 4}, 5: dict.fromkeys("abcde", 4)}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -153,6 +153,37 @@ def test_mixed_dtypes_are_computed_in_the_widest(parameters, given):
     assert logits.dtype == wide
     assert (logits - expected).abs().max() < TOLERANCE[wide] * 32
     assert head.contributions({"b": features["b"]}).dtype == (wide if parameters == wide else torch.float32)
+
+
+@pytest.mark.parametrize("modalities", [1, 2, 3, 5])
+def test_both_roads_agree(modalities):
+    """Eager CPU groups the rows; graphs and GPUs score every block and choose. One formula, and one gradient."""
+    head = make(modalities)
+    features, present = every_case(head, rows=3)
+    head({name: x[:2] for name, x in features.items()}, present[:2])
+    for training in (True, False):  # In eval most rows fall back, to blocks that other rows use as well.
+        head.train(training)
+        case, active = head._route(present)
+        grads = []
+        for grouped in (True, False):
+            rows = [x.detach().requires_grad_() for x in features.values()]
+            head.zero_grad()
+            if grouped:
+                cosine = grouped_cosine(rows, list(head.prototypes.values()), head._block[case], active)
+            else:
+                cosine = torch.stack(head._mean_cosines(rows, case, active)).sum(0)
+            cosine.backward(torch.linspace(-1, 1, cosine.numel()).view_as(cosine))
+            grads.append([cosine.detach()] + [x.grad for x in [*rows, *head.prototypes.values()]])
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_second_derivatives():
+    head = DecoupledPrototypeHead({"a": 3, "b": 2}, 2, dtype=torch.float64)
+    features, present = every_case(head, rows=1)
+    labels = torch.arange(len(present)) % 2
+    inputs = [x.requires_grad_() for x in features.values()] + list(head.prototypes.values())
+    assert torch.autograd.gradgradcheck(lambda a, b, *_: head({"a": a, "b": b}, present, labels), inputs)
 
 
 def published_head(head, features, missing_type, labels, y):
