@@ -83,7 +83,7 @@ def grouped_cosine(rows: Sequence[Tensor], prototypes: Sequence[Tensor], block: 
     groups = []
     for blocks, indices in members.items():
         if parts := [(m, v) for m, v in enumerate(blocks) if v >= 0]:
-            groups.append((torch.tensor(indices), parts))
+            groups.append((torch.tensor(indices, device=block.device), parts))
     result: Tensor = _GroupedCosine.apply(groups, *rows, *prototypes)
     return result
 

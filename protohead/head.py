@@ -150,7 +150,9 @@ class DecoupledPrototypeHead(nn.Module):
         if self.training:
             self._mark_seen(case, active)
         with _full_precision(present.device):
-            if present.device.type == "cpu" and not torch.compiler.is_compiling():  # Where the host may read the masks.
+            # Grouping reads the masks: not on a GPU, and not where a graph is recorded, which would keep this batch's.
+            recording = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+            if present.device.type == "cpu" and not recording:
                 cosine = grouped_cosine(*self._widened(rows), self._block[case], active)
             else:
                 cosine = reduce(torch.add, self._mean_cosines(rows, case, active))

@@ -58,6 +58,16 @@ def test_compiled_forms_of_the_input():
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_traced_graph_follows_the_mask_of_each_batch():
+    head = make(2, torch.float32).eval().requires_grad_(False)
+    features, present = every_case(head)
+    traced = torch.jit.trace(lambda a, b, present: head({"a": a, "b": b}, present), (*features.values(), present))
+    for mask in (present, present.flip(0), ~present):
+        expected = head(features, mask)
+        torch.testing.assert_close(traced(*features.values(), mask), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_export_of_the_eval_forward():
     head = make(2, torch.float32)
     features, present = every_case(head)

@@ -113,6 +113,8 @@ def test_other_wrong_arguments(tmp_path, monkeypatch, capsys):
         (["--data", tmp_path / "truncated.npz"], "is not an .npz file"),
         (["--figure", tmp_path / "figure.foo"], ".png, .pdf or .svg"),
         (["--seeds", 0], "at least 1, but got 0"),
+        (["--scale", 0], "positive --scale"),
+        (["--weight", -1], "but got 16 and -1"),
         (["--figure", tmp_path / "none" / "figure.png"], "folder that exists"),
     ):
         with pytest.raises(SystemExit):

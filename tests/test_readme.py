@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-import pytest
+import numpy as np
+import quickstart
 
 import protohead
 
@@ -33,11 +34,13 @@ def test_two_commands():
 
 
 def test_table_is_in_the_quickstarts_form():
-    quickstart = pytest.importorskip("quickstart")
-    import numpy as np
-
     cases = {"image": ("image+text", "text"), "text": ("image+text", "image"), "both": ("image+text", "image", "text")}
-    keys = [(m, case, method) for m in cases for case in (*cases[m], "all rows") for method in quickstart.METHODS]
+    keys = [
+        (m, case, method)
+        for m in cases
+        for case in (*cases[m], "all rows", "all rows, validation")
+        for method in quickstart.METHODS
+    ]
     printed = quickstart.table({key: np.zeros((5, 2)) for key in keys}).splitlines()
     shown = README.split("<!-- quickstart -->\n")[1].splitlines()
     number = re.compile(r"[+-]?\d+\.\d")

@@ -149,6 +149,14 @@ def test_buffers_of_children_stay_with_them():
     assert set(dict(head.double().named_buffers(recurse=False))) == {"scale", "margin", "seen", "_masks", "_block"}
 
 
+def test_works_beside_another_default_device():
+    head = trained_head()
+    x, present = torch.randn(3, 8), torch.tensor([[True, True], [True, False], [False, True]])
+    expected = head(x, present, torch.arange(3))
+    with torch.device("meta"):
+        assert torch.equal(head(x, present, torch.arange(3, device="cpu")), expected)
+
+
 def test_numpy_numbers_are_numbers():
     head = DecoupledPrototypeHead({"image": np.int64(5)}, np.int64(4), scale=np.float32(16))
     assert "np." not in repr(head)
