@@ -1,13 +1,18 @@
 """protohead: a classification head that keeps multimodal models working when modalities are missing."""
 
+from protohead.adapters import attach, replace_module
 from protohead.cases import present_from_flags, present_from_missing_type, present_from_ragpt
+from protohead.classifier import PrototypeClassifier
 from protohead.head import DecoupledPrototypeHead
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DecoupledPrototypeHead",
+    "PrototypeClassifier",
+    "attach",
     "present_from_flags",
     "present_from_missing_type",
     "present_from_ragpt",
+    "replace_module",
 ]

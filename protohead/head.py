@@ -335,9 +335,13 @@ class DecoupledPrototypeHead(nn.Module):
         # DDP copies the buffers of rank 0 to the others, so what only another rank has seen must reach rank 0.
         ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
         if ddp is not None:
-            seen = self.seen.byte()
-            torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX, group=ddp.process_group)
-            self.seen.copy_(seen)
+            self._share_seen(ddp.process_group)
+
+    def _share_seen(self, group: Any) -> None:
+        """Mark what any rank has seen; all ranks must call it."""
+        seen = self.seen.byte()
+        torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX, group=group)
+        self.seen.copy_(seen)
 
     def _mean_cosines(self, rows: list[Tensor], case: Tensor, active: Tensor) -> list[Tensor]:
         """One (B, K) tensor per modality: its cosines over the number of modalities that score the row."""

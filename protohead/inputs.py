@@ -1,4 +1,4 @@
-"""What a head accepts: every check that stands between a wrong input and a silent wrong answer."""
+"""What a head and a classifier accept: every check that stands between a wrong input and a silent wrong answer."""
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
@@ -7,7 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Features", "check_count", "check_labels", "check_present", "per_case", "read_features"]
+__all__ = [
+    "Features",
+    "blank_row",
+    "check_count",
+    "check_inputs",
+    "check_labels",
+    "check_present",
+    "per_case",
+    "read_features",
+    "select_rows",
+]
 
 Features = Tensor | Mapping[str, Tensor | None]
 
@@ -80,6 +90,75 @@ def check_present(present: Tensor, modalities: Sequence[str]) -> None:
     if present.dim() != 2 or present.shape[1] != len(modalities):
         wanted, got = f"(B, {len(modalities)})", tuple(present.shape)
         raise ValueError(f"Expected argument `present` to be of shape {wanted} for {tuple(modalities)}, but got {got}.")
+
+
+def check_inputs(inputs: Mapping[str, Any], present: Tensor | None, modalities: Sequence[str]) -> Tensor:
+    """Check what encoders are to be given; return the (B, M) present mask, on the CPU."""
+    if not isinstance(inputs, Mapping):
+        raise TypeError(f"Expected argument `inputs` to map modalities to inputs, but got {_kind(inputs)}.")
+    if unknown := [name for name in inputs if name not in modalities]:
+        raise ValueError(f"Expected inputs of {tuple(modalities)}, but got {unknown}.")
+    given = {name: x for name in modalities if (x := inputs.get(name)) is not None}
+    sizes = {name: _batch_size(name, x) for name, x in given.items()}
+    if present is not None:
+        check_present(present, modalities)
+        sizes["present"] = len(present)
+    if len(set(sizes.values())) != 1:
+        raise ValueError(f"Expected inputs of {tuple(modalities)}, all of one batch size, but got {sizes or 'none'}.")
+    (batch,) = set(sizes.values())
+    if present is None:
+        columns = [_rows_there(given.get(name, [None] * batch)) for name in modalities]
+        return torch.stack(columns, dim=1)
+    present = present.cpu()
+    for m, name in enumerate(modalities):
+        x = given.get(name, [None] * batch)
+        # Of a tensor `present` may say that zeros are there; what is None cannot be.
+        if isinstance(x, Sequence) and (lacking := present[:, m] & ~_rows_there(x)).any():
+            row = lacking.nonzero()[0].item()
+            raise ValueError(f"Expected inputs of {name!r}, which `present` says that row {row} has; got none.")
+    return present
+
+
+def _batch_size(name: str, x: Any) -> int:
+    if isinstance(x, Sequence) and not isinstance(x, (str, bytes)):
+        return len(x)
+    tensors = [value for value in (x.values() if isinstance(x, Mapping) else [x]) if isinstance(value, Tensor)]
+    if not tensors or any(value.dim() == 0 for value in tensors):
+        wanted = "a tensor, a mapping of tensors, or a list, with one row a sample"
+        raise TypeError(f"Expected inputs of {name!r} to be {wanted}, but got {_kind(x)}.")
+    if len({len(value) for value in tensors}) > 1:
+        got = {key: tuple(value.shape) for key, value in x.items() if isinstance(value, Tensor)}
+        raise ValueError(f"Expected the tensors of {name!r} to have one batch size, but got {got}.")
+    return len(tensors[0])
+
+
+def _rows_there(x: Any) -> Tensor:
+    """(B,) bool on the CPU: the rows that are not None in a list, or not zeros in all the tensors."""
+    if isinstance(x, Sequence):
+        return torch.tensor([row is not None for row in x], dtype=torch.bool, device="cpu")
+    tensors = [value for value in (x.values() if isinstance(x, Mapping) else [x]) if isinstance(value, Tensor)]
+    if any(value.is_meta for value in tensors):
+        return torch.ones(len(tensors[0]), dtype=torch.bool, device="cpu")  # There are no values to read.
+    return torch.stack([(value != 0)[:, None].flatten(1).any(1) for value in tensors]).any(0).cpu()
+
+
+def select_rows(x: Any, index: Tensor, batch: int) -> Any:
+    """Some of the B rows of what :func:`check_inputs` accepts; a list of tensors is stacked."""
+    if isinstance(x, Mapping):
+        return {
+            key: select_rows(value, index, batch) if isinstance(value, Tensor) else value for key, value in x.items()
+        }
+    if isinstance(x, Tensor):
+        return x if len(index) == batch else x[index.to(x.device)]
+    rows = [x[i] for i in index.tolist()]
+    return torch.stack(rows) if all(isinstance(row, Tensor) for row in rows) else rows
+
+
+def blank_row(x: Tensor | Mapping[str, Any]) -> Any:
+    """One row of the same form that an encoder can take: pictures of zeros, tokens and attention masks of ones."""
+    if isinstance(x, Mapping):
+        return {key: blank_row(value) if isinstance(value, Tensor) else value for key, value in x.items()}
+    return x.new_full((1, *x.shape[1:]), 0 if x.is_floating_point() else 1)
 
 
 def check_labels(labels: Tensor, batch: int, num_classes: int) -> None:

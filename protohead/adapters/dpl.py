@@ -1,0 +1,198 @@
+"""DPL (arXiv 2505.08283): prototypes from the checkpoints of its published code, and back.
+
+For each task that code has `<task>_pl_head` with four matrices of one shape: for complete rows one of the image and one
+of the text, for rows without text one of the image, for rows without image one of the text.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from protohead.head import DecoupledPrototypeHead
+
+__all__ = ["dpl_names", "load_dpl", "to_dpl"]
+
+# What each matrix is, in DPL's words, and where it goes: the modality, and the block of that modality's prototypes.
+SLOTS = {
+    "complete_image": ("image", 0),
+    "complete_text": ("text", 0),
+    "text_missing": ("image", 1),
+    "image_missing": ("text", 1),
+}
+FORMS = {"image": ("image", "img", "visual"), "text": ("text", "txt")}
+
+
+def load_dpl(
+    checkpoint: Mapping[str, Any],
+    task: str,
+    num_classes: int,
+    *,
+    scale: float | Mapping[str, float] = 32.0,
+    margin: float | Mapping[str, float] | None = None,
+    names: Mapping[str, str] | None = None,
+) -> DecoupledPrototypeHead:
+    """A head with the prototypes of a DPL checkpoint. All its cases count as seen.
+
+    Args:
+        checkpoint: A state_dict, or a Lightning checkpoint that holds one, with any prefix before ``<task>_pl_head``.
+        task: Such as ``"hatememes"``.
+        num_classes: K; tells (K, D) from (D, K).
+        scale: As for the head. The checkpoint does not hold it.
+        margin: As for the head. The checkpoint does not hold it.
+        names: The keys of the four matrices by what they are: ``complete_image``, ``complete_text``, ``text_missing``
+            (the image's, for rows without text) and ``image_missing``. By default :func:`dpl_names` finds them.
+
+    Returns:
+        A head on the CPU for the modalities image and text, with ``shared_space=True``, in the checkpoint's dtype.
+
+    Raises:
+        ValueError: If the matrices are not found, cannot be told apart, or are not all (K, D) or all (D, K).
+
+    Example:
+        >>> matrix = {name: torch.randn(5, 8) for name in ("image", "text", "image_only", "text_only")}
+        >>> head = load_dpl({f"food101_pl_head.{name}": w for name, w in matrix.items()}, "food101", num_classes=5)
+        >>> torch.equal(head.prototypes["image"][1], matrix["image_only"])
+        True
+    """
+    state = _state_dict(checkpoint)
+    names = _checked(state, task, names)
+    first = state[names["complete_image"]]
+    transpose = _is_transposed(state, names, num_classes)
+    width = first.shape[0 if transpose else 1]
+    head = DecoupledPrototypeHead(
+        {"image": width, "text": width},
+        num_classes,
+        scale=scale,
+        margin=margin,
+        shared_space=True,
+        device="cpu",
+        dtype=first.dtype,
+    )
+    with torch.no_grad():
+        for slot, (modality, block) in SLOTS.items():
+            matrix = state[names[slot]]
+            head.prototypes[modality][block].copy_(matrix.T if transpose else matrix)
+    head.seen.fill_(True)
+    return head
+
+
+def to_dpl(
+    head: DecoupledPrototypeHead, checkpoint: Mapping[str, Any], task: str, names: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
+    """The inverse of :func:`load_dpl`: the four matrices of a head under the keys, and in the layout, of a checkpoint.
+
+    Args:
+        head: For the modalities image and text with all three cases.
+        checkpoint: Of a DPL model, trained or not, such as its ``state_dict()``. It is not changed.
+        task: As for :func:`load_dpl`.
+        names: As for :func:`load_dpl`.
+
+    Returns:
+        Four tensors to update the DPL model's state_dict with.
+
+    Raises:
+        ValueError: As :func:`load_dpl`, or if the head is another.
+    """
+    if set(head.modalities) != {"image", "text"} or len(head.cases) != 3:
+        got = f"{head.modalities} and {head.cases}"
+        raise ValueError(f"Expected a head for image and text with all three cases, but got {got}.")
+    state = _state_dict(checkpoint)
+    names = _checked(state, task, names)
+    transpose = _is_transposed(state, names, head.num_classes)
+    result = {}
+    for slot, (modality, block) in SLOTS.items():
+        old, matrix = state[names[slot]], head.prototypes[modality][block].detach()
+        matrix = matrix.T if transpose else matrix
+        if matrix.shape != old.shape:
+            raise ValueError(
+                f"Expected {names[slot]} to be of shape {tuple(matrix.shape)}, but got {tuple(old.shape)}."
+            )
+        result[names[slot]] = matrix.to(old.device, old.dtype, copy=True).contiguous()
+    return result
+
+
+def dpl_names(checkpoint: Mapping[str, Any], task: str) -> dict[str, str]:
+    """Which key of a checkpoint holds which matrix, as far as the names tell.
+
+    A name is read by its words: image or text, missing (what comes next), only (the other one is missing), tm and im
+    (text and image missing, as in DPL's options). No order is assumed: if a name can be read in two ways, or two as the
+    same matrix, this raises.
+
+    Args:
+        checkpoint: As for :func:`load_dpl`.
+        task: As for :func:`load_dpl`.
+
+    Returns:
+        The argument `names` of :func:`load_dpl`.
+
+    Raises:
+        ValueError: If the names do not tell; the message lists the keys.
+    """
+    state = _state_dict(checkpoint)
+    inside = re.compile(rf"(?:.*\.)?{re.escape(task)}_pl_head\.(.+)")
+    found = {key: match[1] for key in state if (match := inside.fullmatch(key))}
+    if not found:
+        heads = sorted({match[1] for key in state if (match := re.search(r"(\w+)_pl_head\.", key))})
+        raise ValueError(f"Expected keys like {task}_pl_head.*, but got heads of the tasks {heads}.")
+    matrices = {key: name for key, name in found.items() if isinstance(state[key], Tensor) and state[key].dim() == 2}
+    read = [slot for name in matrices.values() if (slot := _slot(name))]
+    if len(matrices) != 4 or set(read) != set(SLOTS):
+        shapes = {key: tuple(getattr(state[key], "shape", ())) for key in found}
+        example = "{" + ", ".join(f"{slot!r}: key" for slot in SLOTS) + "}"
+        raise ValueError(
+            f"Expected four matrices whose names tell which they are, but got {shapes}; pass `names={example}`."
+        )
+    return dict(zip(read, matrices, strict=True))
+
+
+def _slot(name: str) -> str | None:
+    """What a matrix is by its name; None if that is not plain."""
+    words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
+    modality = {i: name for i, word in enumerate(words) for name, forms in FORMS.items() if word in forms}
+    missing: set[str] = set()
+    for i, word in enumerate(words):
+        if word in ("missing", "miss"):
+            # "image_missing" could also be the image's matrix, used where something is missing.
+            if i - 1 in modality or i + 1 not in modality:
+                return None
+            missing.add(modality.pop(i + 1))
+        elif word in ("tm", "im"):
+            missing.add({"tm": "text", "im": "image"}[word])
+        elif word == "only":
+            missing.update({"image", "text"} - set(modality.values()))
+    left = set(modality.values())
+    if not missing:
+        return f"complete_{left.pop()}" if len(left) == 1 else None
+    # The matrix of a case is that of the modality which is left.
+    if len(missing) == 2 or left & missing or {"complete", "full", "both"} & set(words):
+        return None
+    return f"{missing.pop()}_missing"
+
+
+def _state_dict(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    state: Mapping[str, Any] = checkpoint.get("state_dict", checkpoint)
+    return state
+
+
+def _checked(state: Mapping[str, Any], task: str, names: Mapping[str, str] | None) -> Mapping[str, str]:
+    names = dpl_names(state, task) if names is None else names
+    if set(names) != set(SLOTS) or len(set(names.values())) != 4:
+        raise ValueError(f"Expected argument `names` to give {list(SLOTS)} four different keys, but got {dict(names)}.")
+    if lacking := [key for key in names.values() if not isinstance(state.get(key), Tensor)]:
+        raise ValueError(f"Expected tensors under the keys in `names`, but the checkpoint has none under {lacking}.")
+    return names
+
+
+def _is_transposed(state: Mapping[str, Any], names: Mapping[str, str], num_classes: int) -> bool:
+    """Whether the matrices are (D, K)."""
+    shapes = {key: tuple(state[key].shape) for key in names.values()}
+    first = next(iter(shapes.values()))
+    wanted = f"four matrices of one shape, (K, D) or (D, K) with K = {num_classes}"
+    if len(set(shapes.values())) != 1 or len(first) != 2 or num_classes not in first:
+        raise ValueError(f"Expected {wanted}, but got {shapes}.")
+    if first[0] == first[1]:
+        raise ValueError(f"Expected {wanted} and another D, since square ones do not tell K from D; got {shapes}.")
+    return bool(first[1] == num_classes)

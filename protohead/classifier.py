@@ -1,0 +1,342 @@
+"""A whole model: encoders that run on the rows that have their modality, and a head on what they say."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from protohead.head import DecoupledPrototypeHead
+from protohead.inputs import blank_row, check_inputs, select_rows
+
+__all__ = ["PrototypeClassifier", "encode_rows", "joint_rows"]
+
+Encoder = Callable[..., Any]
+
+
+class PrototypeClassifier(nn.Module):
+    """Encoders and a :class:`~protohead.DecoupledPrototypeHead`; each encoder runs on the rows that have its modality.
+
+    Encoders whose parameters are all frozen stay in eval mode, and so do the frozen parts of the others.
+
+    Args:
+        encoders: Name of each of the head's modalities to its encoder: a module, a bound method of one (such as
+            ``clip.encode_image``), or a function, whose own parameters are then not this module's. It is called with
+            the n rows that have the modality (a mapping becomes keyword arguments) and returns their (n, D_m)
+            features, or an object that holds them as `pooler_output`. Or one joint encoder, for models in which the
+            modalities meet: ``encoder(inputs, present)``, called with all the rows, returns name to (B, D_m).
+        head: The head.
+
+    Attributes:
+        encoders: The encoders that are modules, by the names of what they encode: ``"image"``, or ``"image+text"``
+            for a module that encodes both.
+        head: The head.
+
+    Raises:
+        ValueError: If the encoders are not those of the head's modalities.
+        TypeError: If an encoder cannot be called.
+
+    Example:
+        >>> head = DecoupledPrototypeHead({"image": 4, "text": 3}, num_classes=5)
+        >>> model = PrototypeClassifier({"image": nn.Linear(8, 4), "text": nn.Linear(6, 3)}, head)
+        >>> inputs = {"image": torch.randn(2, 8), "text": [None, torch.randn(6)]}  # row 0 has no text
+        >>> model(inputs).shape
+        torch.Size([2, 5])
+        >>> model.head.seen_cases
+        ('image+text', 'image')
+    """
+
+    def __init__(self, encoders: Mapping[str, Encoder] | Encoder, head: DecoupledPrototypeHead) -> None:
+        super().__init__()
+        joint = not isinstance(encoders, Mapping)
+        if not isinstance(encoders, Mapping):
+            encoders = dict.fromkeys(head.modalities, encoders)
+        if set(encoders) != set(head.modalities):
+            raise ValueError(f"Expected encoders of the head's {head.modalities}, but got {tuple(encoders)}.")
+        for name, encoder in encoders.items():
+            if not callable(encoder):
+                raise TypeError(f"Expected an encoder of {name!r} that can be called, but got {encoder!r}.")
+        self._joint = joint
+        self._functions: dict[str, Encoder] = {}
+        self._places: dict[str, tuple[str, str]] = {}  # A modality to its encoder's key and the name of its method.
+        owners: dict[int, tuple[nn.Module, list[str]]] = {}
+        for name in head.modalities:
+            owner = getattr(encoders[name], "__self__", encoders[name])
+            if isinstance(owner, nn.Module):
+                owners.setdefault(id(owner), (owner, []))[1].append(name)
+            else:
+                self._functions[name] = encoders[name]
+        # A module that encodes several modalities is registered once: two names would be two copies in a checkpoint.
+        self.encoders = nn.ModuleDict({"+".join(names): owner for owner, names in owners.values()})
+        for owner, names in owners.values():
+            for name in names:
+                method = "" if encoders[name] is owner else encoders[name].__name__
+                self._places[name] = "+".join(names), method
+        self.head = head
+        self.train(self.training)
+
+    def forward(self, inputs: Mapping[str, Any], present: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """Logits; with `labels` the margins are applied, for the loss.
+
+        Args:
+            inputs: Name of a modality to what its encoder takes, for all B rows: a tensor, a mapping of tensors (such
+                as a tokenizer's output), or a list with None for missing rows. A list of tensors reaches the encoder
+                stacked, any other as a list. A modality that is None or left out is missing in every row.
+            present: (B, M) bool, columns in the order of ``head.modalities``; best on the CPU, where it is read.
+                By default a modality is present in a row unless that is None in a list, or all zeros in a tensor (in
+                all the tensors of a mapping). What stands in a missing row is never encoded.
+            labels: As in the head.
+
+        Returns:
+            (B, K) logits, as the head's.
+
+        Raises:
+            ValueError: If names, shapes or batch sizes are not as said; if `present` says that a row has what is not
+                given; if an encoder returns other than (n, D_m).
+            TypeError: If a type is not as said.
+        """
+        present = check_inputs(inputs, present, self.head.modalities)
+        logits: Tensor = self.head(self._encode(inputs, present), present.to(self._device()), labels)
+        if self.training and self._is_sharded(self):
+            self.head._share_seen(None)
+        return logits
+
+    def encode(self, inputs: Mapping[str, Any], present: Tensor | None = None) -> dict[str, Tensor]:
+        """The features, zeros where a modality is missing: to be cached, and given to the head later.
+
+        Args:
+            inputs: As in :meth:`forward`.
+            present: As in :meth:`forward`.
+
+        Returns:
+            Name to (B, D_m), such that ``model.head(model.encode(inputs, present), present)`` are the model's logits.
+
+        Raises:
+            ValueError: As :meth:`forward`.
+            TypeError: As :meth:`forward`.
+        """
+        return self._encode(inputs, check_inputs(inputs, present, self.head.modalities))
+
+    def train(self, mode: bool = True) -> "PrototypeClassifier":
+        """Set training mode, except in what is frozen."""
+        super().train(mode)
+        for module in self._frozen():
+            module.training = False
+        return self
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the head, and what is trainable in the encoders, to a safetensors file.
+
+        Frozen parameters are not in it, only one number of each, by which :meth:`load` recognises the backbone. With
+        sharded parameters (FSDP2) every rank must call this, and rank 0 writes.
+        """
+        from safetensors.torch import save_file
+
+        frozen, names = self._frozen(), set()
+        for prefix, module in self.named_modules():
+            if prefix.startswith("encoders") and module not in frozen:
+                own = [name for name, p in module.named_parameters(recurse=False) if p.requires_grad]
+                own += [name for name, _ in module.named_buffers(recurse=False)]
+                names |= {f"{prefix}.{name}" for name in own}
+        state = self.state_dict()
+        sharded = any(_is_dtensor(value) for value in state.values())
+        kept = {name: _whole(state[name]) for name in state if name in names or name.startswith("head.")}
+        metadata = {"format": "pt", "frozen": json.dumps(self._samples())}
+        if not sharded or dist.get_rank() == 0:
+            path = Path(path)
+            part = path.with_name(f"{path.name}.{os.getpid()}.part")
+            try:
+                save_file(kept, part, metadata)
+                os.replace(part, path)  # An interruption, or another rank, never leaves half a file.
+            finally:
+                part.unlink(missing_ok=True)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Read what :meth:`save` wrote, into a model of the same encoders and an equal head.
+
+        Raises:
+            ValueError: If the file is not such a file, or is of another head, other encoders, or other weights of
+                frozen parts. The model is then as it was.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                state, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"Expected a file that `save` wrote, but {path} cannot be read: {error}") from None
+        if "frozen" not in metadata:
+            raise ValueError(f"Expected a file that `save` wrote, but {path} is another safetensors file.")
+        own = self.state_dict()
+        wanted = {name for name in own if name.startswith("head.")}
+        for what, names in (("lacks", wanted - set(state)), ("also holds", set(state) - set(own))):
+            if names:
+                raise ValueError(f"Expected a checkpoint of this model, but {path} {what} {_some(sorted(names))}.")
+        for name, value in state.items():
+            if value.shape != own[name].shape and name != "head._extra_state":
+                got = f"{tuple(value.shape)} in {path}"
+                raise ValueError(f"Expected {name!r} of shape {tuple(own[name].shape)}, but got {got}.")
+        self.head.set_extra_state(state["head._extra_state"])
+        samples, then = self._samples(every=True), json.loads(metadata["frozen"])
+        # Within the precision of bfloat16, for a backbone that was cast since.
+        same = [
+            name in samples and math.isclose(samples[name], x, rel_tol=2e-2, abs_tol=1e-6) for name, x in then.items()
+        ]
+        if not all(same):
+            others = [name for name, is_same in zip(then, same, strict=True) if not is_same]
+            raise ValueError(
+                f"Expected the frozen weights with which {path} was trained, but {len(others)} of {len(then)} "
+                f"parameters are others: {_some(others)}."
+            )
+        self.load_state_dict(state, strict=False)
+
+    def _samples(self, every: bool = False) -> dict[str, float]:
+        """The first number of each frozen parameter of the encoders, or of each parameter."""
+        return {
+            name: _full(p).flatten()[0].item()
+            for name, p in self.named_parameters()
+            if name.startswith("encoders.") and p.is_floating_point() and p.numel() and (every or not p.requires_grad)
+        }
+
+    # -- the steps ----------------------------------------------------------------------------------------------------
+
+    def _frozen(self) -> set[nn.Module]:
+        """The modules in the encoders that hold parameters, none of them trainable, with all that is in them."""
+        frozen: set[nn.Module] = set()
+        for module in self.encoders.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(p.requires_grad for p in parameters):
+                frozen.update(module.modules())
+        return frozen
+
+    def _device(self) -> torch.device:
+        return self.head.seen.device
+
+    def _encode(self, inputs: Mapping[str, Any], present: Tensor) -> dict[str, Tensor]:
+        widths, batch = self.head.in_features, len(present)
+        if self._joint:
+            columns = dict(zip(widths, present.T, strict=True))
+            features = joint_rows(self._encoder(self.head.modalities[0]), inputs, columns)
+        else:
+            features = {}
+            for m, name in enumerate(widths):
+                index = present[:, m].nonzero()[:, 0]
+                if len(index) == 0:
+                    features[name] = torch.zeros(batch, widths[name], device=self._device()) + self._join(name, inputs)
+                    continue
+                rows = encode_rows(name, self._encoder(name), select_rows(inputs[name], index, batch), len(index))
+                if len(index) < batch:
+                    rows = rows.new_zeros(batch, rows.shape[1]).index_copy(0, index.to(rows.device), rows)
+                features[name] = rows
+        for name, width in widths.items():
+            if features[name].shape != (batch, width):
+                got = tuple(features[name].shape[1:])
+                raise ValueError(f"Expected the encoder of {name!r} to return {width} features a row, but got {got}.")
+        return features
+
+    def _encoder(self, name: str) -> Encoder:
+        if name in self._functions:
+            return self._functions[name]
+        key, method = self._places[name]
+        encoder: Encoder = getattr(self.encoders[key], method) if method else self.encoders[key]
+        return encoder
+
+    def _join(self, name: str, inputs: Mapping[str, Any]) -> Tensor | float:
+        """A zero that keeps an encoder in this rank's graph although no row needs it, as DDP and FSDP2 want."""
+        if not (dist.is_available() and dist.is_initialized()) or name in self._functions:
+            return 0.0
+        encoder = self.encoders[self._places[name][0]]
+        tensors: list[Tensor] = [p for p in encoder.parameters() if p.requires_grad]
+        if self._is_sharded(encoder):  # Its forward is a collective that the other ranks may be waiting for.
+            x = inputs.get(name)
+            if not isinstance(x, (Tensor, Mapping)):
+                raise ValueError(
+                    f"Expected inputs of {name!r} as tensors although no row of this rank has it, but got {x!r}: with "
+                    "sharded encoders every rank runs every encoder. What stands in missing rows does not matter."
+                )
+            tensors = [encode_rows(name, self._encoder(name), blank_row(x), 1)]
+        # A sum over nothing: no NaN can come from it, and its gradient is zero.
+        zeros = [x.flatten()[:0].sum(dtype=torch.float32).to(self._device()) for x in tensors]
+        return torch.stack(zeros).sum() if zeros else 0.0
+
+    @staticmethod
+    def _is_sharded(module: nn.Module) -> bool:
+        if not (dist.is_available() and dist.is_initialized()):
+            return False
+        from torch.distributed.fsdp import FSDPModule
+
+        return any(isinstance(child, FSDPModule) for child in module.modules())
+
+
+def encode_rows(name: str, encoder: Encoder, rows: Any, count: int) -> Tensor:
+    """What an encoder says of `count` rows: (count, D) features, in the encoder's dtype.
+
+    Raises:
+        ValueError: If it returns anything else.
+    """
+    rows = _cast(rows, _input_dtype(encoder))
+    out = encoder(**rows) if isinstance(rows, Mapping) else encoder(rows)
+    return _features(name, out, count)
+
+
+def joint_rows(encoder: Encoder, inputs: Mapping[str, Any], present: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a joint encoder says of all rows: name to (B, D_m) features.
+
+    Raises:
+        ValueError: If it returns anything else.
+    """
+    out = encoder(_cast(inputs, _input_dtype(encoder)), present)
+    if not isinstance(out, Mapping) or set(out) != set(present):
+        got = tuple(out) if isinstance(out, Mapping) else type(out).__name__
+        raise ValueError(f"Expected the joint encoder to return features of {tuple(present)}, but got {got}.")
+    return {name: _features(name, out[name], len(column)) for name, column in present.items()}
+
+
+def _features(name: str, out: Any, count: int) -> Tensor:
+    x = getattr(out, "pooler_output", out)
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 2 or len(x) != count:
+        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(out).__name__
+        wanted = f"({count}, D) floating-point features of {count} rows, or an object with such `pooler_output`"
+        raise ValueError(f"Expected the encoder of {name!r} to return {wanted}, but got {got}.")
+    return x
+
+
+def _input_dtype(encoder: Encoder) -> torch.dtype | None:
+    """The dtype that a module multiplies its input in; its norms and embeddings may be of another."""
+    owner = getattr(encoder, "__self__", encoder)
+    if not isinstance(owner, nn.Module):
+        return None
+    weights = (m.weight for m in owner.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)))
+    return next((w.dtype for w in weights if w.is_floating_point()), None)
+
+
+def _cast(x: Any, dtype: torch.dtype | None) -> Any:
+    """Pictures as float32 go into a half-precision encoder as they are prepared for any other."""
+    if isinstance(x, Mapping):
+        return {name: _cast(value, dtype) for name, value in x.items()}
+    return x.to(dtype) if dtype is not None and isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _is_dtensor(x: Any) -> bool:
+    return hasattr(x, "full_tensor")
+
+
+def _full(x: Any) -> Tensor:
+    full: Tensor = x.detach().full_tensor() if _is_dtensor(x) else x.detach()
+    return full
+
+
+def _whole(x: Tensor) -> Tensor:
+    """A tensor on its own storage on the CPU, as safetensors wants; the shards of all ranks together."""
+    return _full(x).cpu().clone().contiguous()
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(map(repr, names[:most])) + (", ..." if len(names) > most else "")
