@@ -4,15 +4,14 @@ Everything here is computed in the dtype it is given: the head calls it in float
 cosines reach 1 early in half precision.
 """
 
+import math
 from collections.abc import Sequence
-from functools import reduce
-from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-__all__ = ["add_angular_margin", "case_cosine", "grouped_cosine", "normalize", "prototype_contrast"]
+__all__ = ["add_angular_margin", "case_cosine", "margin_slope", "normalize", "prototype_contrast"]
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -55,87 +54,6 @@ def case_cosine(x: Tensor, prototypes: Tensor, block: Tensor, active: Tensor) ->
     return every_block.gather(1, block[:, None, None].expand(-1, 1, prototypes.shape[1])).squeeze(1)
 
 
-def grouped_cosine(rows: Sequence[Tensor], prototypes: Sequence[Tensor], block: Tensor, active: Tensor) -> Tensor:
-    """The mean over each row's modalities of :func:`case_cosine`, at the cost of the modalities that the rows have.
-
-    Rows with the same modalities and case are multiplied together. That reads the masks on the host: it is for the CPU.
-
-    Args:
-        rows: M tensors (B, D_m) of features, all of the prototypes' dtype.
-        prototypes: M tensors (V_m, K, D_m).
-        block: (B, M) int64, as in :func:`case_cosine`.
-        active: (B, M) bool, as in :func:`case_cosine`.
-
-    Returns:
-        (B, K); zeros where nothing is active.
-
-    Example:
-        >>> prototypes = [torch.eye(2)[None], torch.ones(1, 2, 2)]
-        >>> rows = [torch.tensor([[2.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [1.0, 1.0]])]
-        >>> block, active = torch.zeros(2, 2, dtype=torch.long), torch.tensor([[True, True], [False, True]])
-        >>> grouped_cosine(rows, prototypes, block, active)
-        tensor([[0.5000, 0.0000],
-                [1.0000, 1.0000]])
-    """
-    members: dict[tuple[int, ...], list[int]] = {}
-    for row, blocks in enumerate(torch.where(active, block, -1).tolist()):
-        members.setdefault(tuple(blocks), []).append(row)
-    groups = []
-    for blocks, indices in members.items():
-        if parts := [(m, v) for m, v in enumerate(blocks) if v >= 0]:
-            groups.append((torch.tensor(indices, device=block.device), parts))
-    result: Tensor = _GroupedCosine.apply(groups, *rows, *prototypes)
-    return result
-
-
-class _GroupedCosine(torch.autograd.Function):
-    """The products are scaled by inverse norms: no normalised copy of the prototypes is made, or saved."""
-
-    @staticmethod
-    def forward(groups: list[Any], *tensors: Tensor) -> Tensor:
-        rows, prototypes = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
-        out = rows[0].new_zeros(rows[0].shape[0], prototypes[0].shape[1])
-        for index, parts in groups:
-            cosines = []
-            for m, v in parts:
-                x, w = rows[m][index], prototypes[m][v]
-                cosines.append((x * (_inverse_norm(x) / len(parts))) @ w.T * _inverse_norm(w).T)
-            out[index] = reduce(torch.add, cosines)
-        return out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.groups = inputs[0]
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[1:]
-        half = len(tensors) // 2
-        grads = [torch.zeros_like(x) if need else None for x, need in zip(tensors, needed, strict=True)]
-        for index, parts in ctx.groups:
-            for m, v in parts:
-                x, w = tensors[m][index], tensors[half + m][v]
-                per_row, per_class = _inverse_norm(x), _inverse_norm(w)
-                unit = x * per_row
-                g = grad[index] * (per_class.T / len(parts))
-                # Each gradient loses its part along the vector, whose length does not count.
-                if (to := grads[m]) is not None:
-                    step = g @ w
-                    along = (unit * step).sum(1, keepdim=True)
-                    to[index] = per_row * torch.addcmul(step, unit, along, value=-1)
-                if (to := grads[half + m]) is not None:
-                    step = g.T @ unit
-                    along = per_class.square() * (w * step).sum(1, keepdim=True)
-                    to[v] += torch.addcmul(step, w, along, value=-1)
-        return None, *grads
-
-
-def _inverse_norm(x: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return 1 / torch.where(norm > 0, norm, 1)
-
-
 def add_angular_margin(cosine: Tensor, labels: Tensor, margin: Tensor) -> Tensor:
     """Add a margin to the angle between each row and its labelled classes: z ← y·φ(z) + (1−y)·z (ArcFace).
 
@@ -169,6 +87,33 @@ def _phi(z: Tensor, margin: Tensor) -> Tensor:
     inside = square > 0
     sine = torch.where(inside, torch.where(inside, square, 1).sqrt(), 0)
     return torch.where(z > -margin.cos(), z * margin.cos() - sine * margin.sin(), z - margin * margin.sin())
+
+
+def margin_slope(grad: Tensor, cosine: Tensor, labels: Tensor, margin: float) -> Tensor:
+    """The gradient of :func:`add_angular_margin` with respect to the cosines, times `grad`.
+
+    Args:
+        grad: (B, K).
+        cosine: (B, K).
+        labels: As there.
+        margin: μ of all the rows.
+
+    Returns:
+        (B, K).
+    """
+    if labels.is_floating_point():
+        labels = labels.to(cosine.dtype)
+        return grad * (labels * _phi_slope(cosine, margin) + (1 - labels))
+    target = labels.clamp(min=0)[:, None]
+    slope = torch.where(labels[:, None] >= 0, _phi_slope(cosine.gather(1, target), margin), 1)
+    return grad.scatter(1, target, grad.gather(1, target) * slope)
+
+
+def _phi_slope(z: Tensor, margin: float) -> Tensor:
+    square = 1 - z * z
+    inside = square > 0
+    steep = torch.where(inside, z * torch.where(inside, square, 1).rsqrt(), 0)
+    return torch.where(z > -math.cos(margin), math.cos(margin) + math.sin(margin) * steep, 1)
 
 
 def prototype_contrast(

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from protohead.cases import case_masks, nearest_case
-from protohead.functional import add_angular_margin, case_cosine, grouped_cosine, normalize, prototype_contrast
+from protohead.functional import add_angular_margin, case_cosine, normalize, prototype_contrast
+from protohead.grouped import Group, grouped_logits, inverse_norm
 from protohead.inputs import Features, check_count, check_labels, check_present, per_case, read_features
 
 __all__ = ["DecoupledPrototypeHead"]
@@ -64,6 +65,7 @@ class DecoupledPrototypeHead(nn.Module):
     scale: Tensor
     margin: Tensor
     seen: Tensor
+    _places: dict[tuple[tuple[bool, ...], tuple[bool, ...] | None], tuple[int, tuple[tuple[int, int], ...]]]
     _masks: Tensor
     _block: Tensor
 
@@ -102,6 +104,7 @@ class DecoupledPrototypeHead(nn.Module):
         if not all(0 <= value < math.pi for value in margins):
             raise ValueError(f"Expected argument `margin` to be in [0, pi) radians, but got {margin}.")
 
+        self._places = {}
         self.prototypes = nn.ParameterDict()
         self._new_prototypes(num_classes, device, dtype)
         # Buffers are real even where the prototypes are on the meta device, so that `to_empty` cannot lose them.
@@ -146,21 +149,11 @@ class DecoupledPrototypeHead(nn.Module):
         rows, present = read_features(features, present, self.in_features)
         if labels is not None:
             check_labels(labels, present.shape[0], self.num_classes)
-        case, active = self._route(present)
-        if self.training:
-            self._mark_seen(case, active)
+        # Grouping reads the mask: not on a GPU, and not where a graph is recorded, which would keep this batch's.
+        recording = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        road = self._grouped if present.device.type == "cpu" and not recording else self._every_block
         with _full_precision(present.device):
-            # Grouping reads the masks: not on a GPU, and not where a graph is recorded, which would keep this batch's.
-            recording = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-            if present.device.type == "cpu" and not recording:
-                cosine = grouped_cosine(*self._widened(rows), self._block[case], active)
-            else:
-                cosine = reduce(torch.add, self._mean_cosines(rows, case, active))
-            if labels is not None:
-                # Without a margin φ is the identity: a row that nothing scores keeps its zeros.
-                margin = torch.where(active.any(1), self.margin[case], 0)
-                cosine = add_angular_margin(cosine, labels, margin.to(cosine.dtype))
-            return cosine * self.scale[case, None].to(cosine.dtype)
+            return road(rows, present, labels)
 
     def contributions(self, features: Features, present: Tensor | None = None) -> Tensor:
         """What each modality adds to the logits.
@@ -329,9 +322,56 @@ class DecoupledPrototypeHead(nn.Module):
         case = case.clamp(max=len(self.cases) - 1)
         return case, present & self._masks[case]
 
+    def _every_block(self, rows: list[Tensor], present: Tensor, labels: Tensor | None) -> Tensor:
+        """The logits without a look at values: all blocks are multiplied, and each row takes its own."""
+        case, active = self._route(present)
+        if self.training:
+            self._mark_seen(case, active)
+        cosine = reduce(torch.add, self._mean_cosines(rows, case, active))
+        if labels is not None:
+            # Without a margin φ is the identity: a row that nothing scores keeps its zeros.
+            margin = torch.where(active.any(1), self.margin[case], 0)
+            cosine = add_angular_margin(cosine, labels, margin.to(cosine.dtype))
+        return cosine * self.scale[case, None].to(cosine.dtype)
+
+    def _grouped(self, rows: list[Tensor], present: Tensor, labels: Tensor | None) -> Tensor:
+        """The same on the CPU."""
+        rows, prototypes = self._widened(rows)
+        return grouped_logits(rows, prototypes, self._groups(present), labels)
+
+    def _groups(self, present: Tensor) -> list[Group]:
+        """The rows by what they have and the case that scores them; in training marks these cases as seen."""
+        members: dict[tuple[bool, ...], list[int]] = {}
+        for row, has in enumerate(present.tolist()):
+            members.setdefault(tuple(has), []).append(row)
+        seen, scale, margin = self.seen.tolist(), self.scale.tolist(), self.margin.tolist()
+        groups, cases = [], set()
+        for has, rows in members.items():
+            case, parts = self._place(has, None if self.training else tuple(seen))
+            if parts:
+                groups.append(Group(rows, parts, scale[case], margin[case]))
+                cases.add(case)
+        if self.training:
+            if new := [case for case in cases if not seen[case]]:
+                self.seen[new] = True
+            self._sync_seen()
+        return groups
+
+    def _place(self, has: tuple[bool, ...], seen: tuple[bool, ...] | None) -> tuple[int, tuple[tuple[int, int], ...]]:
+        """The case that scores rows of one kind, and its modalities with their blocks; worked out once."""
+        if (has, seen) not in self._places:
+            case, active = self._route(torch.tensor([has], device="cpu"))
+            blocks = self._block[case[0]].tolist()
+            parts = tuple((m, blocks[m]) for m in active[0].nonzero()[:, 0].tolist())
+            self._places[has, seen] = int(case), parts
+        return self._places[has, seen]
+
     def _mark_seen(self, case: Tensor, active: Tensor) -> None:
         order = torch.arange(len(self.cases), device=case.device)
         self.seen |= ((case[:, None] == order) & active.any(1, keepdim=True)).any(0)
+        self._sync_seen()
+
+    def _sync_seen(self) -> None:
         # DDP copies the buffers of rank 0 to the others, so what only another rank has seen must reach rank 0.
         ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
         if ddp is not None:

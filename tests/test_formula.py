@@ -1,6 +1,7 @@
 """The head against the slow transcription of its formulas."""
 
 import math
+from itertools import product
 
 import pytest
 import reference
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from protohead import DecoupledPrototypeHead
-from protohead.functional import add_angular_margin, grouped_cosine, prototype_contrast
+from protohead.functional import add_angular_margin, prototype_contrast
 
 WIDTHS = {1: {"a": 5}, 2: {"a": 5, "b": 3}, 3: {"a": 5, "b": 3, "c": 4}, 5: dict.fromkeys("abcde", 4)}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -161,21 +162,23 @@ def test_both_roads_agree(modalities):
     head = make(modalities)
     features, present = every_case(head, rows=3)
     head({name: x[:2] for name, x in features.items()}, present[:2])
-    for training in (True, False):  # In eval most rows fall back, to blocks that other rows use as well.
+    hard = torch.arange(len(present)) % 4
+    hard[1] = -100
+    soft = torch.rand(len(present), 4, dtype=torch.float64)
+    for training, labels in product((True, False), (None, hard, soft)):  # In eval most rows fall back, to shared blocks.
         head.train(training)
-        case, active = head._route(present)
-        grads = []
-        for grouped in (True, False):
+        seen = head.seen.clone()
+        results = []
+        for road in (head._grouped, head._every_block):
             rows = [x.detach().requires_grad_() for x in features.values()]
             head.zero_grad()
-            if grouped:
-                cosine = grouped_cosine(rows, list(head.prototypes.values()), head._block[case], active)
-            else:
-                cosine = torch.stack(head._mean_cosines(rows, case, active)).sum(0)
-            cosine.backward(torch.linspace(-1, 1, cosine.numel()).view_as(cosine))
-            grads.append([cosine.detach()] + [x.grad for x in [*rows, *head.prototypes.values()]])
-        for a, b in zip(*grads, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+            head.seen.copy_(seen)
+            logits = road(rows, present, labels)
+            logits.backward(torch.linspace(-1, 1, logits.numel()).view_as(logits))
+            results.append([logits.detach(), head.seen.clone()] + [x.grad for x in [*rows, *head.prototypes.values()]])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * head.scale.max().item())
+        head.seen.copy_(seen)
 
 
 def test_second_derivatives():
