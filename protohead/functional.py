@@ -4,14 +4,16 @@ Everything here is computed in the dtype it is given: the head calls it in float
 cosines reach 1 early in half precision.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 __all__ = ["add_angular_margin", "case_cosine", "margin_slope", "normalize", "prototype_contrast"]
+
+CHUNK = 2**22  # Similarities held at a time in the prototype loss: 16 MiB of float32.
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -89,47 +91,40 @@ def _phi(z: Tensor, margin: Tensor) -> Tensor:
     return torch.where(z > -margin.cos(), z * margin.cos() - sine * margin.sin(), z - margin * margin.sin())
 
 
-def margin_slope(grad: Tensor, cosine: Tensor, labels: Tensor, margin: float) -> Tensor:
-    """The gradient of :func:`add_angular_margin` with respect to the cosines, times `grad`.
+def margin_slope(z: Tensor, margin: Tensor) -> Tensor:
+    """The derivative of φ in :func:`add_angular_margin`, for code that writes its backward pass by hand.
 
     Args:
-        grad: (B, K).
-        cosine: (B, K).
-        labels: As there.
-        margin: μ of all the rows.
-
-    Returns:
-        (B, K).
+        z: Cosines.
+        margin: μ, in radians, broadcast against them.
     """
-    if labels.is_floating_point():
-        labels = labels.to(cosine.dtype)
-        return grad * (labels * _phi_slope(cosine, margin) + (1 - labels))
-    target = labels.clamp(min=0)[:, None]
-    slope = torch.where(labels[:, None] >= 0, _phi_slope(cosine.gather(1, target), margin), 1)
-    return grad.scatter(1, target, grad.gather(1, target) * slope)
-
-
-def _phi_slope(z: Tensor, margin: float) -> Tensor:
     square = 1 - z * z
     inside = square > 0
     steep = torch.where(inside, z * torch.where(inside, square, 1).rsqrt(), 0)
-    return torch.where(z > -math.cos(margin), math.cos(margin) + math.sin(margin) * steep, 1)
+    return torch.where(z > -margin.cos(), margin.cos() + margin.sin() * steep, 1)
 
 
 def prototype_contrast(
-    prototypes: Sequence[Tensor], seen: Sequence[Tensor], shared_space: bool = False, temperature: float = 1.0
+    prototypes: Sequence[Tensor],
+    seen: Sequence[Tensor],
+    shared_space: bool = False,
+    temperature: float = 1.0,
+    sample: int | None = None,
 ) -> Tensor:
     """The prototype loss (PRC): supervised contrastive loss over all prototypes with the class as label.
 
     The mean over anchors a of −mean over the positives p of log(exp(a·p/τ) / Σ_{q≠a} exp(a·q/τ)), where a, p and q are
     normalised prototypes and the positives are those of the same class in other blocks. Blocks that are not seen are
     neither anchors nor contrasts; an anchor without a positive is left out of the mean. 0 where no anchor has one.
+    Memory grows with the number of prototypes, not with its square.
 
     Args:
         prototypes: One (V, K, D) tensor per modality: V blocks, one per case that holds it.
         seen: One (V,) bool tensor per modality.
         shared_space: Contrast the modalities with each other (one D for all), instead of each within itself.
         temperature: τ.
+        sample: Let only the prototypes of this many classes, drawn at random, be anchors: an unbiased estimate of the
+            mean, for K in the thousands. All are still contrasts.
 
     Returns:
         A scalar.
@@ -142,24 +137,39 @@ def prototype_contrast(
     """
     if shared_space:
         prototypes, seen = [torch.cat(list(prototypes))], [torch.cat(list(seen))]
-    parts = [_contrast(normalize(p), s, temperature) for p, s in zip(prototypes, seen, strict=True)]
+    parts = [_contrast(normalize(p), s, temperature, sample) for p, s in zip(prototypes, seen, strict=True)]
     total = torch.stack([loss for loss, _ in parts]).sum()
     anchors = torch.stack([count for _, count in parts]).sum()
     return total / anchors.clamp(min=1)
 
 
-def _contrast(prototypes: Tensor, seen: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _contrast(prototypes: Tensor, seen: Tensor, temperature: float, sample: int | None) -> tuple[Tensor, Tensor]:
     """The sum of the anchors' losses, and the number of anchors that have a positive."""
     blocks, classes, _ = prototypes.shape
-    flat = rearrange(prototypes, "v k d -> (v k) d")
-    similarity = flat @ flat.T / temperature
-    contrast = seen.repeat_interleave(classes) & ~torch.eye(len(flat), dtype=torch.bool, device=flat.device)
-    # Not -inf: a row with no contrast at all would put NaN into the backward pass.
-    log_sum = torch.where(contrast, similarity, -1e30).logsumexp(1)
     # The positives of an anchor are summed before the product: a·(Σp) costs K·V·D, not (K·V)²·D.
     others = torch.where(seen[:, None, None], prototypes, 0).sum(0) - prototypes
     positives = seen.sum() - 1
     mean_positive = (prototypes * others).sum(2) / positives.clamp(min=1) / temperature
+    flat = rearrange(prototypes, "v k d -> (v k) d")
+    anchors = torch.arange(len(flat), device=flat.device)
+    if sample is not None and sample < classes:
+        drawn = torch.randperm(classes, device=flat.device)[:sample]
+        anchors, mean_positive = anchors.view(blocks, classes)[:, drawn].flatten(), mean_positive[:, drawn]
+    contrasts = seen.repeat_interleave(classes)
+    chunks = anchors.split(max(1, CHUNK // len(flat)))
+    if len(chunks) > 1:  # One block of the similarities is held at a time, and made again in the backward pass.
+        sums = [checkpoint(_log_sum, flat, i, contrasts, temperature, use_reentrant=False) for i in chunks]
+        log_sum = torch.cat(sums)
+    else:
+        log_sum = _log_sum(flat, anchors, contrasts, temperature)
     loss = rearrange(log_sum, "(v k) -> v k", v=blocks) - mean_positive
     anchor = seen & (positives > 0)
-    return torch.where(anchor[:, None], loss, 0).sum(), anchor.sum() * classes
+    return torch.where(anchor[:, None], loss, 0).sum(), anchor.sum() * mean_positive.shape[1]
+
+
+def _log_sum(flat: Tensor, anchors: Tensor, contrasts: Tensor, temperature: float) -> Tensor:
+    """log Σ_{q≠a} exp(a·q/τ) of some anchors."""
+    similarity = flat[anchors] @ flat.T / temperature
+    other = anchors[:, None] != torch.arange(len(flat), device=flat.device)
+    # Not -inf: a row with no contrast at all would put NaN into the backward pass.
+    return torch.where(contrasts & other, similarity, -1e30).logsumexp(1)

@@ -6,6 +6,7 @@ made or saved, the products are scaled by inverse norms instead, and each gradie
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -45,18 +46,17 @@ def grouped_logits(
         (B, K).
 
     Example:
-        >>> prototypes = [torch.eye(2)[None], torch.ones(1, 2, 2)]
-        >>> rows = [torch.tensor([[2.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [1.0, 1.0]])]
-        >>> groups = [Group([1], ((0, 0), (1, 0)), scale=4.0, margin=0.0)]
-        >>> grouped_logits(rows, prototypes, groups)
+        >>> rows, prototypes = [torch.zeros(2, 2), torch.tensor([[0.0], [5.0]])], [torch.eye(2)[None], torch.ones(1, 2, 1)]
+        >>> grouped_logits(rows, prototypes, [Group([1], ((0, 0), (1, 0)), scale=4.0, margin=0.0)])
         tensor([[0., 0.],
                 [2., 2.]])
     """
     if norms is None:
         norms = [inverse_norm(p.detach()) for p in prototypes]
+    indices = [None if len(group.rows) == len(rows[0]) else torch.tensor(group.rows) for group in groups]
     if not torch.is_grad_enabled():
-        return _score(groups, labels, norms, rows, prototypes, None)
-    result: Tensor = _GroupedLogits.apply(groups, labels, norms, *rows, *prototypes)[0]
+        return _score(groups, indices, labels, norms, rows, prototypes, None)
+    result: Tensor = _GroupedLogits.apply(groups, indices, labels, norms, *rows, *prototypes)
     return result
 
 
@@ -67,6 +67,7 @@ def inverse_norm(x: Tensor) -> Tensor:
 
 def _score(
     groups: Sequence[Group],
+    indices: Sequence[Tensor | None],
     labels: Tensor | None,
     norms: Sequence[Tensor],
     rows: Sequence[Tensor],
@@ -74,96 +75,116 @@ def _score(
     saved: list[Tensor] | None,
 ) -> Tensor:
     """The logits; what the backward pass needs of them is appended to `saved`."""
-    batch = len(rows[0])
-    out = rows[0].new_zeros(batch, prototypes[0].shape[1])
-    for group in groups:
-        index = _index(group, batch, out.device)
-        logits, share = None, group.scale / len(group.parts)
+    units = [x * inverse_norm(x)[:, None] for x in rows]
+    out = rows[0].new_zeros(len(rows[0]), prototypes[0].shape[1])
+    for group, index in zip(groups, indices, strict=True):
+        parts = []
         for m, v in group.parts:
-            x = _take(rows[m], index)
-            part = (x * inverse_norm(x)[:, None]) @ prototypes[m][v].T
-            part *= norms[m][v] * share
-            if saved is not None:
-                saved.append(part)
-            logits = part if logits is None else logits + part
-        assert logits is not None
-        if labels is not None:
-            cosine, mine = logits / group.scale, _take(labels, index)
-            if saved is not None:
-                saved.append(cosine)
-            logits = group.scale * add_angular_margin(cosine, mine, cosine.new_full((len(mine),), group.margin))
-        elif index is None and len(group.parts) == 1 and saved is not None:
-            logits = logits.clone()  # What is saved is no output.
-        out = logits if index is None else out.index_copy_(0, index, logits)
+            part = _take(units[m], index) @ prototypes[m][v].T
+            parts.append(part.mul_(norms[m][v] * (group.scale / len(group.parts))))
+        logits = reduce(torch.add, parts)
+        if saved is not None:
+            saved += parts
+        if index is not None:
+            out.index_copy_(0, index, logits)
+        else:
+            out = logits.clone() if logits is parts[0] else logits  # What is saved must stay as it is.
+    if labels is not None:
+        scale, margin = _per_row(groups, out)
+        if labels.is_floating_point():
+            cosine = out / scale
+            out = scale * add_angular_margin(cosine, labels, margin[:, 0])
+        else:
+            target = labels.clamp(min=0)[:, None]
+            cosine = out.gather(1, target) / scale
+            turned = add_angular_margin(cosine, labels.clamp(max=0), margin[:, 0])
+            out.scatter_(1, target, scale * turned)
+        if saved is not None:
+            saved.append(cosine)
     return out
 
 
 class _GroupedLogits(torch.autograd.Function):
     @staticmethod
-    def forward(groups: Sequence[Group], labels: Tensor | None, norms: Sequence[Tensor], *tensors: Tensor) -> Any:
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        groups: Sequence[Group],
+        indices: Sequence[Tensor | None],
+        labels: Tensor | None,
+        norms: Sequence[Tensor],
+        *tensors: Tensor,
+    ) -> Tensor:
         saved: list[Tensor] = []
         half = len(tensors) // 2
-        return _score(groups, labels, norms, tensors[:half], tensors[half:], saved), *saved
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.groups, ctx.labels, ctx.norms, *tensors = inputs
-        ctx.mark_non_differentiable(*output[1:])
+        out = _score(groups, indices, labels, norms, tensors[:half], tensors[half:], saved)
+        ctx.groups, ctx.indices, ctx.labels, ctx.norms = groups, indices, labels, norms
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *output[1:])
+        ctx.save_for_backward(*tensors, *saved)
+        return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[3:]
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[4:]
+        none = (None,) * 4
         if grad is None:
-            return None, None, None, *[None for _ in needed]
-        tensors, saved = ctx.saved_tensors[: len(needed)], iter(ctx.saved_tensors[len(needed) :])
+            return *none, *[None for _ in needed]
+        tensors, saved = ctx.saved_tensors[: len(needed)], list(ctx.saved_tensors[len(needed) :])
         if torch.is_grad_enabled():  # A gradient of the gradient is wanted: autograd's own, of the plain formula.
-            return None, None, None, *_differentiable(ctx.groups, ctx.labels, tensors, needed, grad)
+            return *none, *_differentiable(ctx.groups, ctx.labels, tensors, needed, grad)
+        if ctx.labels is not None:
+            grad = _before_margin(grad, saved.pop(), ctx.labels, _per_row(ctx.groups, grad)[1])
         half = len(tensors) // 2
-        grads = [_buffer(x, need, i < half) for i, (x, need) in enumerate(zip(tensors, needed, strict=True))]
+        rows, prototypes = tensors[:half], tensors[half:]
+        to_rows = [torch.zeros_like(x) if need else None for x, need in zip(rows, needed[:half], strict=True)]
+        # Each block is written below, or zeroed at the end.
+        to_prototypes = [torch.empty_like(p) if need else None for p, need in zip(prototypes, needed[half:], strict=True)]
+        inverses = [inverse_norm(x)[:, None] for x in rows]
+        units = [x * inverse for x, inverse in zip(rows, inverses, strict=True)]
         written = set()
-        for group in ctx.groups:
-            index = _index(group, len(grad), grad.device)
-            g, share = _take(grad, index), group.scale / len(group.parts)
-            parts = [next(saved) for _ in group.parts]
-            if ctx.labels is not None:
-                g = margin_slope(g, next(saved), _take(ctx.labels, index), group.margin)
-            for (m, v), part in zip(group.parts, parts, strict=True):
-                x, w, norm = _take(tensors[m], index), tensors[half + m][v], ctx.norms[m][v]
-                inverse = inverse_norm(x)[:, None]
-                unit = x * inverse
-                along, per_class = g * part, g * (norm * share)
+        parts = iter(saved)
+        for group, index in zip(ctx.groups, ctx.indices, strict=True):
+            g = _take(grad, index)
+            for m, v in group.parts:
+                unit, w, norm = _take(units[m], index), prototypes[m][v], ctx.norms[m][v]
+                along, per_class = g * next(parts), g * (norm * (group.scale / len(group.parts)))
                 # Each gradient loses its part along the vector, whose length does not count.
-                if (to := grads[m]) is not None:
-                    step = (per_class @ w).addcmul_(unit, along.sum(1, keepdim=True), value=-1).mul_(inverse)
+                if (to := to_rows[m]) is not None:
+                    step = (per_class @ w).addcmul_(unit, along.sum(1, keepdim=True), value=-1)
+                    step *= _take(inverses[m], index)
                     to.copy_(step) if index is None else to.index_copy_(0, index, step)
-                if (to := grads[half + m]) is not None:
+                if (to := to_prototypes[m]) is not None:
                     # Two groups may share a block, where a case without prototypes falls back.
                     torch.addmm(to[v], per_class.T, unit, beta=float((m, v) in written), out=to[v])
                     to[v].addcmul_(w, (norm.square() * along.sum(0))[:, None], value=-1)
                     written.add((m, v))
-        for m, to in enumerate(grads[half:]):
+        for m, to in enumerate(to_prototypes):
             for v in range(0 if to is None else len(to)):
                 if (m, v) not in written:
                     to[v].zero_()
-        return None, None, None, *grads
+        return *none, *to_rows, *to_prototypes
 
 
-def _index(group: Group, batch: int, device: torch.device) -> Tensor | None:
-    """The group's rows; None where these are all."""
-    return None if len(group.rows) == batch else torch.tensor(group.rows, device=device)
+def _per_row(groups: Sequence[Group], like: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 1) scale and margin of each row; 1 and 0, which change nothing, where a row is in no group."""
+    scale, margin = [1.0] * len(like), [0.0] * len(like)
+    for group in groups:
+        for row in group.rows:
+            scale[row], margin[row] = group.scale, group.margin
+    return like.new_tensor(scale)[:, None], like.new_tensor(margin)[:, None]
+
+
+def _before_margin(grad: Tensor, cosine: Tensor, labels: Tensor, margin: Tensor) -> Tensor:
+    """The gradient with respect to the logits without margins."""
+    if labels.is_floating_point():
+        labels = labels.to(cosine.dtype)
+        return grad * (labels * margin_slope(cosine, margin) + (1 - labels))
+    target = labels.clamp(min=0)[:, None]
+    slope = torch.where(labels[:, None] >= 0, margin_slope(cosine, margin), 1)
+    return grad.scatter(1, target, grad.gather(1, target) * slope)
 
 
 def _take(x: Tensor, index: Tensor | None) -> Tensor:
     return x if index is None else x.index_select(0, index)
-
-
-def _buffer(x: Tensor, need: bool, zeros: bool) -> Tensor | None:
-    """Rows that are in no group get zeros; each block of the prototypes is written, or zeroed, later."""
-    if not need:
-        return None
-    return torch.zeros_like(x) if zeros else torch.empty_like(x)
 
 
 def _differentiable(

@@ -149,9 +149,7 @@ class DecoupledPrototypeHead(nn.Module):
         rows, present = read_features(features, present, self.in_features)
         if labels is not None:
             check_labels(labels, present.shape[0], self.num_classes)
-        # Grouping reads the mask: not on a GPU, and not where a graph is recorded, which would keep this batch's.
-        recording = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        road = self._grouped if present.device.type == "cpu" and not recording else self._every_block
+        road = self._grouped if present.device.type == "cpu" and not _is_recording() else self._every_block
         with _full_precision(present.device):
             return road(rows, present, labels)
 
@@ -171,25 +169,29 @@ class DecoupledPrototypeHead(nn.Module):
             cosine = torch.stack(self._mean_cosines(rows, case, active), dim=1)
             return cosine * self.scale[case, None, None].to(cosine.dtype)
 
-    def prototype_loss(self, temperature: float = 1.0) -> Tensor:
+    def prototype_loss(self, temperature: float = 1.0, sample: int | None = None) -> Tensor:
         """The prototype loss (PRC) of the cases seen so far: see :func:`protohead.functional.prototype_contrast`.
 
         Call it after the batch's forward, which marks the cases. While none has been seen, all take part.
 
         Args:
             temperature: τ > 0.
+            sample: With K in the thousands: how many classes, drawn anew at each call, give the anchors. An unbiased
+                estimate; the cost falls with it.
 
         Returns:
             A scalar, float32 or wider.
         """
         if not temperature > 0:
             raise ValueError(f"Expected argument `temperature` to be positive, but got {temperature}.")
+        if sample is not None:
+            check_count("sample", sample)
         seen = self._seen_or_all()
         blocks = [seen[self._masks[:, m]] for m in range(len(self.modalities))]
         prototypes = [self.prototypes[name] for name in self.modalities]
         dtype = _wide(*prototypes)
         with _full_precision(seen.device):
-            return prototype_contrast([p.to(dtype) for p in prototypes], blocks, self.shared_space, temperature)
+            return prototype_contrast([p.to(dtype) for p in prototypes], blocks, self.shared_space, temperature, sample)
 
     def case_index(self, present: Tensor) -> Tensor:
         """(B, M) bool to (B,) int64 indices into `cases`; C where nothing is present.
@@ -404,7 +406,13 @@ def _constant_dtype(device: torch.device) -> torch.dtype:
 
 def _wide(*tensors: Tensor) -> torch.dtype:
     """The widest dtype of the tensors, at least float32: cosines reach 1 early in half precision."""
-    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+    return reduce(torch.promote_types, {tensor.dtype for tensor in tensors}, torch.float32)
+
+
+def _is_recording() -> bool:
+    """Whether a graph is recorded, which would keep what this batch's mask says, or a transform of torch.func runs."""
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return tracing or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
