@@ -51,7 +51,9 @@ def case_cosine(x: Tensor, prototypes: Tensor, block: Tensor, active: Tensor) ->
                 [0., 0.]])
     """
     x = normalize(torch.where(active[:, None], x, 0))
-    every_block = torch.einsum("bd,vkd->bvk", x, normalize(prototypes))
+    # Scaled afterwards: there is no normalised copy of the prototypes.
+    norm = torch.linalg.vector_norm(prototypes, dim=-1)
+    every_block = torch.einsum("bd,vkd->bvk", x, prototypes) / torch.where(norm > 0, norm, 1)
     # Not take_along_dim: it fixes the batch size of an exported graph.
     return every_block.gather(1, block[:, None, None].expand(-1, 1, prototypes.shape[1])).squeeze(1)
 

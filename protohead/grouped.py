@@ -53,7 +53,8 @@ def grouped_logits(
     """
     if norms is None:
         norms = [inverse_norm(p.detach()) for p in prototypes]
-    indices = [None if len(group.rows) == len(rows[0]) else torch.tensor(group.rows) for group in groups]
+    batch, device = len(rows[0]), rows[0].device
+    indices = [None if len(group.rows) == batch else torch.tensor(group.rows, device=device) for group in groups]
     if not torch.is_grad_enabled():
         return _score(groups, indices, labels, norms, rows, prototypes, None)
     result: Tensor = _GroupedLogits.apply(groups, indices, labels, norms, *rows, *prototypes)

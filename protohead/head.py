@@ -66,6 +66,7 @@ class DecoupledPrototypeHead(nn.Module):
     margin: Tensor
     seen: Tensor
     _places: dict[tuple[tuple[bool, ...], tuple[bool, ...] | None], tuple[int, tuple[tuple[int, int], ...]]]
+    _known: tuple[list[Any], list[Tensor], list[Tensor]] | None
     _masks: Tensor
     _block: Tensor
 
@@ -105,6 +106,7 @@ class DecoupledPrototypeHead(nn.Module):
             raise ValueError(f"Expected argument `margin` to be in [0, pi) radians, but got {margin}.")
 
         self._places = {}
+        self._known = None
         self.prototypes = nn.ParameterDict()
         self._new_prototypes(num_classes, device, dtype)
         # Buffers are real even where the prototypes are on the meta device, so that `to_empty` cannot lose them.
@@ -339,7 +341,19 @@ class DecoupledPrototypeHead(nn.Module):
     def _grouped(self, rows: list[Tensor], present: Tensor, labels: Tensor | None) -> Tensor:
         """The same on the CPU."""
         rows, prototypes = self._widened(rows)
-        return grouped_logits(rows, prototypes, self._groups(present), labels)
+        return grouped_logits(rows, prototypes, self._groups(present), labels, self._norms(prototypes))
+
+    def _norms(self, prototypes: list[Tensor]) -> list[Tensor]:
+        """The prototypes' inverse norms; in inference, remembered until the prototypes change."""
+        own = [self.prototypes[name].detach() for name in self.modalities]
+        if self.training or torch.is_grad_enabled() or any(p.is_inference() for p in own):
+            return [inverse_norm(p.detach()) for p in prototypes]
+        # A write to `.data` leaves the version as it was, but hardly the first numbers of all the prototypes.
+        key = [(p.data_ptr(), p._version, wide.dtype) for p, wide in zip(own, prototypes, strict=True)]
+        first = [p[..., 0] for p in own]
+        if self._known is None or self._known[0] != key or not all(map(torch.equal, self._known[1], first)):
+            self._known = key, [x.clone() for x in first], [inverse_norm(p.detach()) for p in prototypes]
+        return self._known[2]
 
     def _groups(self, present: Tensor) -> list[Group]:
         """The rows by what they have and the case that scores them; in training marks these cases as seen."""
