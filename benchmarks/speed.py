@@ -1,0 +1,346 @@
+"""How fast is the head, beside `nn.Linear` and other heads? Times, peak memory, a table and a figure.
+
+For each size, missing rate and number of threads all methods run in one process, in turn, so that what disturbs the
+machine disturbs all; the numbers are medians. Peak memory is that of a training step in a process of its own, beyond what
+the process held before it (the parameters among it). On a GPU the times are CUDA events', eager and compiled, in float32
+and under bfloat16 autocast.
+
+    python benchmarks/speed.py            # all: about 20 minutes on two cores; nothing else should run
+    python benchmarks/speed.py --quick    # the small sizes, a few repeats: does it work?
+"""
+
+import argparse
+import csv
+import functools
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from protohead import DecoupledPrototypeHead
+
+HERE = Path(__file__).parent
+METHODS = ("nn.Linear", "head", "linear per case", "ArcFaceLoss", "gather")
+
+
+class Size(NamedTuple):
+    """Rows, features per modality, classes, modalities, missing rate."""
+
+    batch: int
+    width: int
+    classes: int
+    modalities: int
+    missing: float
+
+    def __str__(self) -> str:
+        return f"({self.batch}, {self.width}, {self.classes})"
+
+
+TWO = [(4, 512, 23), (64, 512, 101), (256, 512, 101), (256, 512, 1000), (1024, 768, 1000), (64, 768, 21843)]
+SIZES = [Size(*size, 2, missing) for size in TWO for missing in (0.0, 0.7, 0.9)]
+SIZES += [Size(256, 256, 101, modalities, 0.7) for modalities in (3, 4, 6)]
+QUICK = [SIZES[1], SIZES[4], Size(32, 16, 5, 3, 0.7)]
+# The largest (B, ΣD, K) weight that the gather formulation is let make, in bytes; a training step holds several.
+LARGEST_GATHER = 2**30
+
+
+class PerCase(nn.Module):
+    """One linear layer per missing case, on the rows of that case."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        count = 2**size.modalities
+        self.layers = nn.ModuleList(nn.Linear(size.modalities * size.width, size.classes) for _ in range(count))
+
+    def forward(self, x: Tensor, case: Tensor) -> Tensor:
+        out = x.new_zeros(len(x), self.layers[0].out_features)  # type: ignore[arg-type]
+        for number, layer in enumerate(self.layers):
+            mask = case == number
+            if mask.any():
+                out[mask] = layer(x[mask])
+        return out
+
+
+class Gather(nn.Module):
+    """The formula with one weight a row: normalise the (B, ΣD, K) weight of each row's case by modality, multiply."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.size = size
+        shape = 2**size.modalities, size.modalities * size.width, size.classes
+        self.weight = nn.Parameter(torch.randn(shape) / size.width**0.5)
+
+    def forward(self, x: Tensor, case: Tensor, count: Tensor) -> Tensor:
+        size = self.size
+        weight = self.weight[case].unflatten(1, (size.modalities, size.width))
+        features = F.normalize(x.unflatten(1, (size.modalities, size.width)), dim=2)
+        cosine = torch.einsum("bmd,bmdk->bk", features, F.normalize(weight, dim=2)) / count[:, None]
+        return 32 * cosine
+
+
+def batch_of(size: Size, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Features with zeros where a modality is missing, the present mask, labels.
+
+    A row that is not complete has any of the incomplete cases, each as likely.
+    """
+    generator = torch.Generator().manual_seed(0)
+    cases = torch.arange(1, 2**size.modalities)[:, None] >> torch.arange(size.modalities) & 1
+    chosen = torch.randint(0, len(cases) - 1, (size.batch,), generator=generator)
+    incomplete = torch.rand(size.batch, generator=generator) < size.missing
+    present = torch.where(incomplete[:, None], cases[chosen] > 0, True)
+    x = torch.randn(size.batch, size.modalities, size.width, generator=generator)
+    x = torch.where(present[:, :, None], x, 0).flatten(1)
+    labels = torch.randint(0, size.classes, (size.batch,), generator=generator)
+    return x.to(device), present.to(device), labels.to(device)
+
+
+def method(name: str, size: Size, device: torch.device) -> tuple[nn.Module, Callable[..., Tensor], tuple[Tensor, ...]]:
+    """A module, what turns (x, labels or None) into logits or a loss, and what else it is told."""
+    _, present, _ = batch_of(size, device)
+    case = (present.long() << torch.arange(size.modalities, device=device)).sum(1)
+    total = size.modalities * size.width
+    if name == "head":
+        widths = {f"m{m}": size.width for m in range(size.modalities)}
+        head = DecoupledPrototypeHead(widths, size.classes, device=device)
+        return head, lambda head, x, y: head(x, present, y), ()
+    if name == "nn.Linear":
+        return nn.Linear(total, size.classes, device=device), lambda layer, x, y: layer(x), ()
+    if name == "linear per case":
+        return PerCase(size).to(device), lambda layers, x, y: layers(x, case), ()
+    if name == "ArcFaceLoss":
+        from pytorch_metric_learning.losses import ArcFaceLoss
+
+        loss = ArcFaceLoss(size.classes, total).to(device)
+        return loss, lambda loss, x, y: loss.get_logits(x) if y is None else loss(x, y), ()
+    return Gather(size).to(device), lambda gather, x, y: gather(x, case, present.sum(1)), ()
+
+
+def steps(name: str, size: Size, device: torch.device, compiled: bool) -> dict[str, Callable[[], None]]:
+    """The two things that are timed, as functions of nothing."""
+    torch.manual_seed(0)
+    module, call, _ = method(name, size, device)
+    x, _, labels = batch_of(size, device)
+    trained = x.clone().requires_grad_()  # As behind an encoder that is trained.
+    run = torch.compile(call) if compiled else call
+
+    def forward() -> None:
+        with torch.no_grad():
+            run(module, x, None)
+
+    def step() -> None:
+        trained.grad = None
+        for p in module.parameters():
+            p.grad = None
+        out = run(module, trained, labels)
+        loss = out if out.dim() == 0 else F.cross_entropy(out, labels)
+        loss.backward()
+
+    def infer() -> None:
+        if module.training:
+            module.eval()
+        forward()
+
+    def train() -> None:
+        if not module.training:
+            module.train()
+        step()
+
+    train()  # The head has then seen the cases that it is to score.
+    return {"forward": infer, "forward + backward": train}
+
+
+def timed(function: Callable[[], None], repeats: int, device: torch.device) -> float:
+    """Seconds per call."""
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(repeats):
+            function()
+        end.record()
+        torch.cuda.synchronize()
+        return float(start.elapsed_time(end)) / 1e3 / repeats
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    return (time.perf_counter() - begin) / repeats
+
+
+def measure(size: Size, device: torch.device, compiled: bool, seconds: float) -> dict[tuple[str, str], float]:
+    """(method, what) -> median seconds; the methods take turns."""
+    functions = {}
+    for name in METHODS:
+        if name == "gather" and size.batch * size.modalities * size.width * size.classes * 4 > LARGEST_GATHER:
+            continue
+        functions |= {(name, what): f for what, f in steps(name, size, device, compiled).items()}
+    repeats, samples = {}, {key: list[float]() for key in functions}
+    for key, function in functions.items():
+        function()
+        repeats[key] = max(1, int(2e-3 / timed(function, 3, device)))
+    end = time.monotonic() + seconds
+    while time.monotonic() < end or len(samples[METHODS[0], "forward"]) < 5:
+        for key, function in functions.items():
+            if key[0] != "gather" or len(samples[key]) < 3:  # It is slow; three are enough to say how much.
+                samples[key].append(timed(function, repeats[key], device))
+    return {key: statistics.median(values) for key, values in samples.items()}
+
+
+def peak_memory(name: str, size: Size) -> float:
+    """MiB of a training step beyond what was held before it, in a process of its own."""
+    arguments = [sys.executable, __file__, "--memory", name, *map(str, size)]
+    return float(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout)
+
+
+def print_memory(name: str, size: Size) -> None:
+    """What :func:`peak_memory` runs."""
+    device = torch.device("cpu")
+    torch.set_num_threads(1)
+    steps(name, size._replace(batch=2, width=4, classes=2), device, False)  # Loads what is loaded at the first step.
+    module, call, _ = method(name, size, device)
+    x, _, labels = batch_of(size, device)
+    x.requires_grad_()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    out = call(module, x, labels)
+    (out if out.dim() == 0 else F.cross_entropy(out, labels)).backward()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def machine(device: torch.device) -> str:
+    """One line on what the numbers were measured on."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        model = next((line.split(": ")[1] for line in info.read_text().splitlines() if "model name" in line), model)
+    return f"{model}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """Markdown: one line a size, missing rate and mode; times as ratios to nn.Linear's, whose own are in microseconds."""
+    lines = ["| size | M | missing | mode | what | nn.Linear | " + " | ".join(METHODS[1:]) + " |"]
+    lines.append("|" + "---|" * (6 + len(METHODS) - 1))
+    keys = dict.fromkeys(tuple(row[name] for name in ("size", "M", "missing", "mode", "what")) for row in rows)
+    for key in keys:
+        values = {row["method"]: float(str(row["value"])) for row in rows if _key(row) == key}
+        unit = "MiB" if key[4] == "peak memory" else "µs"
+        base = values["nn.Linear"]
+        known = base >= 1  # Below a MiB the memory of a process says nothing.
+        cells = [f"{values[name] / base:.2f}" if name in values and known else "–" for name in METHODS[1:]]
+        lines.append(f"| {' | '.join(map(str, key))} | {base:,.0f} {unit} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _key(row: dict[str, object]) -> tuple[object, ...]:
+    return tuple(row[name] for name in ("size", "M", "missing", "mode", "what"))
+
+
+def draw(rows: list[dict[str, object]], path: Path) -> None:
+    """Time as a ratio to nn.Linear's, by size: a panel for each mode, forward hollow and training step solid."""
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    rows = [row for row in rows if row["what"] != "peak memory" and row["missing"] == "70 %"]
+    modes = list(dict.fromkeys(str(row["mode"]) for row in rows))
+    figure, axes = plt.subplots(
+        1, len(modes), figsize=(5.5 * len(modes), 4), sharey=True, layout="constrained", squeeze=False
+    )
+    colors = dict(zip(METHODS, ("#444b55", "#d1495b", "#8a8f98", "#3d7ea6", "#e0a030"), strict=True))
+    for axis, mode in zip(axes[0], modes, strict=True):
+        sizes = list(dict.fromkeys((row["size"], row["M"]) for row in rows if row["mode"] == mode))
+        for name in METHODS[1:]:
+            for what, face in (("forward", "white"), ("forward + backward", colors[name])):
+                points = {
+                    (row["size"], row["M"], row["method"]): float(str(row["value"]))
+                    for row in rows
+                    if row["mode"] == mode and row["what"] == what
+                }
+                shown = [
+                    (i, points[(*s, name)] / points[(*s, METHODS[0])])
+                    for i, s in enumerate(sizes)
+                    if (*s, name) in points
+                ]
+                label = name if what != "forward" else None
+                axis.plot(*zip(*shown, strict=True), "o", ms=7, color=colors[name], mfc=face, label=label)
+        axis.axhline(1, color=colors["nn.Linear"], lw=1)
+        axis.set_yscale("log")
+        axis.set_xticks(range(len(sizes)), [f"{s}\nM = {m}" for s, m in sizes], rotation=40, ha="right")
+        axis.set_title(f"{mode}, 70 % missing")
+        axis.grid(axis="y", color="#eceef1")
+    axes[0, 0].set_ylabel("time, nn.Linear = 1\n(hollow: forward; solid: training step)")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Measure, print the table, write table, CSV and figure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes and few repeats")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads on the CPU (default: 1 2)"
+    )
+    parser.add_argument("--output", type=Path, default=HERE, help="the folder for speed.csv, speed.md and speed.png")
+    parser.add_argument("--memory", nargs=6, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory:
+        name, *numbers, missing = arguments.memory
+        return print_memory(name, Size(*map(int, numbers), float(missing)))  # type: ignore[misc]
+    if not arguments.output.is_dir():
+        parser.error(f"Expected --output to be a folder that exists, but got {arguments.output}.")
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes, seconds = (QUICK, 0.2) if arguments.quick else (SIZES, 6.0)
+    modes: list[tuple[str, Callable[[], None], bool, bool]] = []
+    if device.type == "cuda":
+        for compiled in (False, True):
+            for half in (False, True):
+                name = f"{'compiled' if compiled else 'eager'}, {'bf16 autocast' if half else 'float32'}"
+                modes.append((name, lambda: None, compiled, half))
+    else:
+        for count in arguments.threads:
+            name = f"{count} thread{'s' if count > 1 else ''}"
+            modes.append((name, functools.partial(torch.set_num_threads, count), False, False))
+    rows: list[dict[str, object]] = []
+    with tqdm(total=len(sizes) * (len(modes) + 1)) as progress:
+        for size in sizes:
+            common = {"size": str(size), "M": size.modalities, "missing": f"{size.missing:.0%}".replace("%", " %")}
+            for mode, prepare, compiled, half in modes:
+                progress.set_description(f"{size}, M = {size.modalities}, {mode}")
+                prepare()
+                with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                    medians = measure(size, device, compiled, seconds)
+                rows += [
+                    {**common, "mode": mode, "what": what, "method": name, "value": f"{value * 1e6:.1f}"}
+                    for (name, what), value in medians.items()
+                ]
+                progress.update()
+            if device.type == "cpu":
+                for name in METHODS[:2]:
+                    value = f"{peak_memory(name, size):.1f}"
+                    rows.append({**common, "mode": "CPU", "what": "peak memory", "method": name, "value": value})
+            progress.update()
+    text = f"{machine(device)}\n\n{table(rows)}\n"
+    (arguments.output / "speed.md").write_text(text)
+    with (arguments.output / "speed.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(rows, arguments.output / "speed.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
