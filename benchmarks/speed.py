@@ -1,9 +1,9 @@
 """How fast is the head, beside `nn.Linear` and other heads? Times, peak memory, a table and a figure.
 
 For each size, missing rate and number of threads all methods run in one process, in turn, so that what disturbs the
-machine disturbs all; the numbers are medians. Peak memory is that of a training step in a process of its own, beyond what
-the process held before it (the parameters among it). On a GPU the times are CUDA events', eager and compiled, in float32
-and under bfloat16 autocast.
+machine disturbs all; the numbers are medians. Peak memory is that of a training step in a process of its own, beyond
+what the process held before it (the parameters among it). On a GPU the times are CUDA events', eager and compiled, in
+float32 and under bfloat16 autocast.
 
     python benchmarks/speed.py            # all: about 20 minutes on two cores; nothing else should run
     python benchmarks/speed.py --quick    # the small sizes, a few repeats: does it work?
@@ -47,7 +47,7 @@ class Size(NamedTuple):
     modalities: int
     missing: float
 
-    def __str__(self) -> str:
+    def __str__(self) -> str:  # noqa: D105
         return f"({self.batch}, {self.width}, {self.classes})"
 
 
@@ -64,11 +64,11 @@ class PerCase(nn.Module):
 
     def __init__(self, size: Size) -> None:
         super().__init__()
-        count = 2**size.modalities
+        count, self.classes = 2**size.modalities, size.classes
         self.layers = nn.ModuleList(nn.Linear(size.modalities * size.width, size.classes) for _ in range(count))
 
-    def forward(self, x: Tensor, case: Tensor) -> Tensor:
-        out = x.new_zeros(len(x), self.layers[0].out_features)  # type: ignore[arg-type]
+    def forward(self, x: Tensor, case: Tensor) -> Tensor:  # noqa: D102
+        out = x.new_zeros(len(x), self.classes)
         for number, layer in enumerate(self.layers):
             mask = case == number
             if mask.any():
@@ -85,12 +85,13 @@ class Gather(nn.Module):
         shape = 2**size.modalities, size.modalities * size.width, size.classes
         self.weight = nn.Parameter(torch.randn(shape) / size.width**0.5)
 
-    def forward(self, x: Tensor, case: Tensor, count: Tensor) -> Tensor:
+    def forward(self, x: Tensor, case: Tensor, count: Tensor) -> Tensor:  # noqa: D102
         size = self.size
         weight = self.weight[case].unflatten(1, (size.modalities, size.width))
         features = F.normalize(x.unflatten(1, (size.modalities, size.width)), dim=2)
         cosine = torch.einsum("bmd,bmdk->bk", features, F.normalize(weight, dim=2)) / count[:, None]
-        return 32 * cosine
+        logits: Tensor = 32 * cosine
+        return logits
 
 
 def batch_of(size: Size, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,7 +183,7 @@ def timed(function: Callable[[], None], repeats: int, device: torch.device) -> f
 
 def measure(size: Size, device: torch.device, compiled: bool, seconds: float) -> dict[tuple[str, str], float]:
     """(method, what) -> median seconds; the methods take turns."""
-    functions = {}
+    functions: dict[tuple[str, str], Callable[[], None]] = {}
     for name in METHODS:
         if name == "gather" and size.batch * size.modalities * size.width * size.classes * 4 > LARGEST_GATHER:
             continue
@@ -231,7 +232,7 @@ def machine(device: torch.device) -> str:
 
 
 def table(rows: list[dict[str, object]]) -> str:
-    """Markdown: one line a size, missing rate and mode; times as ratios to nn.Linear's, whose own are in microseconds."""
+    """Markdown: one line a size, missing rate and mode, with nn.Linear's numbers and the others' ratios to them."""
     lines = ["| size | M | missing | mode | what | nn.Linear | " + " | ".join(METHODS[1:]) + " |"]
     lines.append("|" + "---|" * (6 + len(METHODS) - 1))
     keys = dict.fromkeys(tuple(row[name] for name in ("size", "M", "missing", "mode", "what")) for row in rows)
@@ -263,17 +264,14 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
         for name in METHODS[1:]:
             for what, face in (("forward", "white"), ("forward + backward", colors[name])):
                 points = {
-                    (row["size"], row["M"], row["method"]): float(str(row["value"]))
+                    ((row["size"], row["M"]), row["method"]): float(str(row["value"]))
                     for row in rows
                     if row["mode"] == mode and row["what"] == what
                 }
-                shown = [
-                    (i, points[(*s, name)] / points[(*s, METHODS[0])])
-                    for i, s in enumerate(sizes)
-                    if (*s, name) in points
-                ]
+                known = [(i, s) for i, s in enumerate(sizes) if (s, name) in points]
+                ratios = [points[s, name] / points[s, METHODS[0]] for _, s in known]
                 label = name if what != "forward" else None
-                axis.plot(*zip(*shown, strict=True), "o", ms=7, color=colors[name], mfc=face, label=label)
+                axis.plot([i for i, _ in known], ratios, "o", ms=7, color=colors[name], mfc=face, label=label)
         axis.axhline(1, color=colors["nn.Linear"], lw=1)
         axis.set_yscale("log")
         axis.set_xticks(range(len(sizes)), [f"{s}\nM = {m}" for s, m in sizes], rotation=40, ha="right")
@@ -296,8 +294,8 @@ def main() -> None:
     parser.add_argument("--memory", nargs=6, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
-        name, *numbers, missing = arguments.memory
-        return print_memory(name, Size(*map(int, numbers), float(missing)))  # type: ignore[misc]
+        name, batch, width, classes, modalities, missing = arguments.memory
+        return print_memory(name, Size(int(batch), int(width), int(classes), int(modalities), float(missing)))
     if not arguments.output.is_dir():
         parser.error(f"Expected --output to be a folder that exists, but got {arguments.output}.")
 

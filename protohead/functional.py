@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["add_angular_margin", "case_cosine", "margin_slope", "normalize", "prototype_contrast"]
+__all__ = ["add_angular_margin", "case_cosine", "normalize", "phi", "phi_slope", "prototype_contrast"]
 
 CHUNK = 2**22  # Similarities held at a time in the prototype loss: 16 MiB of float32.
 
@@ -80,26 +80,27 @@ def add_angular_margin(cosine: Tensor, labels: Tensor, margin: Tensor) -> Tensor
     margin = margin[:, None]
     if labels.is_floating_point():
         labels = labels.to(cosine.dtype)
-        return labels * _phi(cosine, margin) + (1 - labels) * cosine
+        return labels * phi(cosine, margin) + (1 - labels) * cosine
     target = labels.clamp(min=0)[:, None]
     z = cosine.gather(1, target)
-    return cosine.scatter(1, target, torch.where(labels[:, None] >= 0, _phi(z, margin), z))
+    return cosine.scatter(1, target, torch.where(labels[:, None] >= 0, phi(z, margin), z))
 
 
-def _phi(z: Tensor, margin: Tensor) -> Tensor:
+def phi(z: Tensor, margin: Tensor) -> Tensor:
+    """The cosine of an angle with the margin added: φ in :func:`add_angular_margin`.
+
+    Args:
+        z: Cosines.
+        margin: μ in radians, broadcast against them.
+    """
     square = 1 - z * z
     inside = square > 0
     sine = torch.where(inside, torch.where(inside, square, 1).sqrt(), 0)
     return torch.where(z > -margin.cos(), z * margin.cos() - sine * margin.sin(), z - margin * margin.sin())
 
 
-def margin_slope(z: Tensor, margin: Tensor) -> Tensor:
-    """The derivative of φ in :func:`add_angular_margin`, for code that writes its backward pass by hand.
-
-    Args:
-        z: Cosines.
-        margin: μ, in radians, broadcast against them.
-    """
+def phi_slope(z: Tensor, margin: Tensor) -> Tensor:
+    """The derivative of :func:`phi` with respect to `z`, for a backward pass that is written by hand."""
     square = 1 - z * z
     inside = square > 0
     steep = torch.where(inside, z * torch.where(inside, square, 1).rsqrt(), 0)
@@ -170,7 +171,7 @@ def _contrast(prototypes: Tensor, seen: Tensor, temperature: float, sample: int 
 
 
 def _log_sum(flat: Tensor, anchors: Tensor, contrasts: Tensor, temperature: float) -> Tensor:
-    """log Σ_{q≠a} exp(a·q/τ) of some anchors."""
+    """The logarithm of Σ_{q≠a} exp(a·q/τ) of some anchors."""
     similarity = flat[anchors] @ flat.T / temperature
     other = anchors[:, None] != torch.arange(len(flat), device=flat.device)
     # Not -inf: a row with no contrast at all would put NaN into the backward pass.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from protohead.functional import add_angular_margin, margin_slope, normalize
+from protohead.functional import add_angular_margin, normalize, phi, phi_slope
 
 __all__ = ["Group", "grouped_logits", "inverse_norm"]
 
@@ -46,7 +46,8 @@ def grouped_logits(
         (B, K).
 
     Example:
-        >>> rows, prototypes = [torch.zeros(2, 2), torch.tensor([[0.0], [5.0]])], [torch.eye(2)[None], torch.ones(1, 2, 1)]
+        >>> rows = [torch.zeros(2, 2), torch.tensor([[0.0], [5.0]])]
+        >>> prototypes = [torch.eye(2)[None], torch.ones(1, 2, 1)]
         >>> grouped_logits(rows, prototypes, [Group([1], ((0, 0), (1, 0)), scale=4.0, margin=0.0)])
         tensor([[0., 0.],
                 [2., 2.]])
@@ -63,7 +64,8 @@ def grouped_logits(
 
 def inverse_norm(x: Tensor) -> Tensor:
     """1 / ‖x‖ along the last dimension, (..., D) -> (...); 0 for a zero vector."""
-    return torch.linalg.vector_norm(x, dim=-1).reciprocal_().nan_to_num_(nan=math.nan, posinf=0.0)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1)
+    return norm.reciprocal_().nan_to_num_(nan=math.nan, posinf=0.0)
 
 
 def _score(
@@ -98,8 +100,7 @@ def _score(
         else:
             target = labels.clamp(min=0)[:, None]
             cosine = out.gather(1, target) / scale
-            turned = add_angular_margin(cosine, labels.clamp(max=0), margin[:, 0])
-            out.scatter_(1, target, scale * turned)
+            out.scatter_(1, target, scale * torch.where(labels[:, None] >= 0, phi(cosine, margin), cosine))
         if saved is not None:
             saved.append(cosine)
     return out
@@ -107,7 +108,7 @@ def _score(
 
 class _GroupedLogits(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         groups: Sequence[Group],
         indices: Sequence[Tensor | None],
@@ -136,12 +137,12 @@ class _GroupedLogits(torch.autograd.Function):
             grad = _before_margin(grad, saved.pop(), ctx.labels, _per_row(ctx.groups, grad)[1])
         half = len(tensors) // 2
         rows, prototypes = tensors[:half], tensors[half:]
-        to_rows = [torch.zeros_like(x) if need else None for x, need in zip(rows, needed[:half], strict=True)]
+        to_rows = [torch.zeros_like(x) if k else None for x, k in zip(rows, needed[:half], strict=True)]
         # Each block is written below, or zeroed at the end.
-        to_prototypes = [torch.empty_like(p) if need else None for p, need in zip(prototypes, needed[half:], strict=True)]
+        to_prototypes = [torch.empty_like(p) if k else None for p, k in zip(prototypes, needed[half:], strict=True)]
         inverses = [inverse_norm(x)[:, None] for x in rows]
         units = [x * inverse for x, inverse in zip(rows, inverses, strict=True)]
-        written = set()
+        written: set[tuple[int, int]] = set()
         parts = iter(saved)
         for group, index in zip(ctx.groups, ctx.indices, strict=True):
             g = _take(grad, index)
@@ -159,8 +160,8 @@ class _GroupedLogits(torch.autograd.Function):
                     to[v].addcmul_(w, (norm.square() * along.sum(0))[:, None], value=-1)
                     written.add((m, v))
         for m, to in enumerate(to_prototypes):
-            for v in range(0 if to is None else len(to)):
-                if (m, v) not in written:
+            if to is not None:
+                for v in set(range(len(to))) - {block for modality, block in written if modality == m}:
                     to[v].zero_()
         return *none, *to_rows, *to_prototypes
 
@@ -171,16 +172,17 @@ def _per_row(groups: Sequence[Group], like: Tensor) -> tuple[Tensor, Tensor]:
     for group in groups:
         for row in group.rows:
             scale[row], margin[row] = group.scale, group.margin
-    return like.new_tensor(scale)[:, None], like.new_tensor(margin)[:, None]
+    both = like.new_tensor([scale, margin])[:, :, None]
+    return both[0], both[1]
 
 
 def _before_margin(grad: Tensor, cosine: Tensor, labels: Tensor, margin: Tensor) -> Tensor:
     """The gradient with respect to the logits without margins."""
     if labels.is_floating_point():
         labels = labels.to(cosine.dtype)
-        return grad * (labels * margin_slope(cosine, margin) + (1 - labels))
+        return grad * (labels * phi_slope(cosine, margin) + (1 - labels))
     target = labels.clamp(min=0)[:, None]
-    slope = torch.where(labels[:, None] >= 0, margin_slope(cosine, margin), 1)
+    slope = torch.where(labels[:, None] >= 0, phi_slope(cosine, margin), 1)
     return grad.scatter(1, target, grad.gather(1, target) * slope)
 
 

@@ -165,7 +165,9 @@ def test_both_roads_agree(modalities):
     hard = torch.arange(len(present)) % 4
     hard[1] = -100
     soft = torch.rand(len(present), 4, dtype=torch.float64)
-    for training, labels in product((True, False), (None, hard, soft)):  # In eval most rows fall back, to shared blocks.
+    for training, labels in product(
+        (True, False), (None, hard, soft)
+    ):  # In eval most rows fall back, to shared blocks.
         head.train(training)
         seen = head.seen.clone()
         results = []
