@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from protohead.head import DecoupledPrototypeHead
 from protohead.inputs import blank_row, check_inputs, select_rows
+from protohead.sharding import gather, is_sharded, shard_like
 
 __all__ = ["PrototypeClassifier", "encode_rows", "joint_rows"]
 
@@ -102,8 +104,6 @@ class PrototypeClassifier(nn.Module):
         """
         present = check_inputs(inputs, present, self.head.modalities)
         logits: Tensor = self.head(self._encode(inputs, present), present.to(self._device()), labels)
-        if self.training and self._is_sharded(self):
-            self.head._share_seen(None)
         return logits
 
     def encode(self, inputs: Mapping[str, Any], present: Tensor | None = None) -> dict[str, Tensor]:
@@ -146,12 +146,17 @@ class PrototypeClassifier(nn.Module):
                 own += [name for name, _ in module.named_buffers(recurse=False)]
                 names |= {f"{prefix}.{name}" for name in own}
         state = self.state_dict()
-        sharded = any(_is_dtensor(value) for value in state.values())
-        kept = {name: _whole(state[name]) for name in state if name in names or name.startswith("head.")}
+        writes = not any(is_sharded(value) for value in state.values()) or dist.get_rank() == 0
+        kept = {}
+        for name in state:
+            if name in names or name.startswith("head."):
+                whole = gather(state[name])
+                if writes:  # On its own storage on the CPU, as safetensors wants.
+                    kept[name] = whole.cpu().clone().contiguous()
         metadata = {"format": "pt", "frozen": json.dumps(self._samples())}
-        if not sharded or dist.get_rank() == 0:
+        if writes:
             path = Path(path)
-            part = path.with_name(f"{path.name}.{os.getpid()}.part")
+            part = path.with_name(f"{path.name}.{uuid4().hex}.part")
             try:
                 save_file(kept, part, metadata)
                 os.replace(part, path)  # An interruption, or another rank, never leaves half a file.
@@ -160,6 +165,8 @@ class PrototypeClassifier(nn.Module):
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Read what :meth:`save` wrote, into a model of the same encoders and an equal head.
+
+        With sharded parameters (FSDP2) every rank must call this.
 
         Raises:
             ValueError: If the file is not such a file, or is of another head, other encoders, or other weights of
@@ -195,12 +202,12 @@ class PrototypeClassifier(nn.Module):
                 f"Expected the frozen weights with which {path} was trained, but {len(others)} of {len(then)} "
                 f"parameters are others: {_some(others)}."
             )
-        self.load_state_dict(state, strict=False)
+        self.load_state_dict({name: shard_like(value, own[name]) for name, value in state.items()}, strict=False)
 
     def _samples(self, every: bool = False) -> dict[str, float]:
         """The first number of each frozen parameter of the encoders, or of each parameter."""
         return {
-            name: _full(p).flatten()[0].item()
+            name: gather(p).flatten()[0].item()
             for name, p in self.named_parameters()
             if name.startswith("encoders.") and p.is_floating_point() and p.numel() and (every or not p.requires_grad)
         }
@@ -252,27 +259,34 @@ class PrototypeClassifier(nn.Module):
         """A zero that keeps an encoder in this rank's graph although no row needs it, as DDP and FSDP2 want."""
         if not (dist.is_available() and dist.is_initialized()) or name in self._functions:
             return 0.0
-        encoder = self.encoders[self._places[name][0]]
+        from torch.distributed.fsdp import FSDPModule
+
+        key, method = self._places[name]
+        encoder = self.encoders[key]
         tensors: list[Tensor] = [p for p in encoder.parameters() if p.requires_grad]
-        if self._is_sharded(encoder):  # Its forward is a collective that the other ranks may be waiting for.
+        synced = any(isinstance(m, nn.SyncBatchNorm) and m.training for m in encoder.modules())
+        if synced and not method and dist.get_world_size() > 1:  # The other ranks would wait for this one.
+            raise ValueError(
+                f"Expected rows with {name!r} on every rank, as the SyncBatchNorm of its encoder needs, but got none."
+            )
+        if any(isinstance(m, FSDPModule) for m in encoder.modules()):  # Its forward is a collective, too.
             x = inputs.get(name)
             if not isinstance(x, (Tensor, Mapping)):
                 raise ValueError(
-                    f"Expected inputs of {name!r} as tensors although no row of this rank has it, but got {x!r}: with "
-                    "sharded encoders every rank runs every encoder. What stands in missing rows does not matter."
+                    f"Expected inputs of {name!r} as tensors although no row of this rank has it, but got "
+                    f"{type(x).__name__}: with sharded encoders every rank runs every encoder. What stands in missing "
+                    "rows does not matter."
                 )
-            tensors = [encode_rows(name, self._encoder(name), blank_row(x), 1)]
+            modes = {m: m.training for m in encoder.modules()}
+            try:
+                encoder.eval()  # A blank row must not reach the running statistics of a batch norm.
+                tensors = [encode_rows(name, self._encoder(name), blank_row(x), 1)]
+            finally:
+                for m, mode in modes.items():
+                    m.training = mode
         # A sum over nothing: no NaN can come from it, and its gradient is zero.
         zeros = [x.flatten()[:0].sum(dtype=torch.float32).to(self._device()) for x in tensors]
         return torch.stack(zeros).sum() if zeros else 0.0
-
-    @staticmethod
-    def _is_sharded(module: nn.Module) -> bool:
-        if not (dist.is_available() and dist.is_initialized()):
-            return False
-        from torch.distributed.fsdp import FSDPModule
-
-        return any(isinstance(child, FSDPModule) for child in module.modules())
 
 
 def encode_rows(name: str, encoder: Encoder, rows: Any, count: int) -> Tensor:
@@ -322,20 +336,6 @@ def _cast(x: Any, dtype: torch.dtype | None) -> Any:
     if isinstance(x, Mapping):
         return {name: _cast(value, dtype) for name, value in x.items()}
     return x.to(dtype) if dtype is not None and isinstance(x, Tensor) and x.is_floating_point() else x
-
-
-def _is_dtensor(x: Any) -> bool:
-    return hasattr(x, "full_tensor")
-
-
-def _full(x: Any) -> Tensor:
-    full: Tensor = x.detach().full_tensor() if _is_dtensor(x) else x.detach()
-    return full
-
-
-def _whole(x: Tensor) -> Tensor:
-    """A tensor on its own storage on the CPU, as safetensors wants; the shards of all ranks together."""
-    return _full(x).cpu().clone().contiguous()
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import quickstart
+import test_attach
 
 import protohead
 
@@ -12,14 +13,29 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_code_blocks_run_in_order():
+def test_code_blocks_run_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names = {}
     for block in blocks:
         exec(block, names)
     assert names["predicted"].shape == (8,)
     assert names["head"].seen_cases == ("image+text", "image", "text")
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_the_models_are_those_of_the_tests():
+    table = README.split("<!-- models -->\n")[1].split("\n\n")[0]
+    rows = dict(line.strip("| ").split(" | ")[::-1] for line in table.splitlines()[2:])
+    shown = re.split("[,;] ", rows["`tests/test_attach.py::test_open_clip`"].removeprefix("open_clip: "))
+    assert shown == list(test_attach.OPEN_CLIP)
+    shown = re.split(
+        "[,;] ", rows["`tests/test_attach.py::test_transformers`"].replace("; 5 only:", ",").split(": ")[1]
+    )
+    assert shown == list(test_attach.TOWERS)
+    for name in re.findall(r"`(tests/\w+\.py)", table):
+        assert (ROOT / name).exists()
 
 
 def test_named_functions_exist():
