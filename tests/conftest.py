@@ -1,6 +1,6 @@
-"""The examples are programs, not a package: tests import them by path."""
+"""The examples are programs, not a package: tests import them by path, after the packages that they are named for."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
