@@ -9,15 +9,13 @@ from itertools import compress
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from protohead.cases import case_masks, nearest_case
 from protohead.functional import add_angular_margin, case_cosine, normalize, prototype_contrast
 from protohead.grouped import Group, grouped_logits, inverse_norm
 from protohead.inputs import Features, check_count, check_labels, check_present, per_case, read_features
-from protohead.sharding import gather_for_loss, is_sharded, shard_like
+from protohead.sharding import gather_for_loss, is_sharded, refuse_sharded, shard_like, share_between_ranks
 
 __all__ = ["DecoupledPrototypeHead"]
 
@@ -192,7 +190,7 @@ class DecoupledPrototypeHead(nn.Module):
             check_count("sample", sample)
         seen = self._seen_or_all()
         blocks = [seen[self._masks[:, m]] for m in range(len(self.modalities))]
-        prototypes = [self._whole(name) for name in self.modalities]
+        prototypes = [gather_for_loss(self.prototypes, name, self) for name in self.modalities]
         dtype = _wide(*prototypes)
         with _full_precision(seen.device):
             return prototype_contrast([p.to(dtype) for p in prototypes], blocks, self.shared_space, temperature, sample)
@@ -229,7 +227,7 @@ class DecoupledPrototypeHead(nn.Module):
         Warns:
             UserWarning: For classes that have no row with a modality; their prototypes stay as they are.
         """
-        self._refuse_sharded("imprint")
+        refuse_sharded(self, "imprint")
         rows, present = read_features(features, present, self.in_features)
         check_labels(labels, present.shape[0], self.num_classes)
         for m, x in enumerate(rows):
@@ -260,7 +258,7 @@ class DecoupledPrototypeHead(nn.Module):
         """Draw every (case, modality) block from Xavier's normal distribution and forget which cases were seen."""
         for prototype in self.prototypes.values():
             if not is_sharded(prototype):  # As `to_empty` leaves it, before the first forward.
-                self._refuse_sharded("reset_parameters")
+                refuse_sharded(self, "reset_parameters")
             new = torch.empty(prototype.shape, dtype=prototype.dtype, device=prototype.device)
             for block in new:
                 nn.init.xavier_normal_(block)
@@ -269,7 +267,7 @@ class DecoupledPrototypeHead(nn.Module):
 
     def reset(self, num_classes: int) -> None:
         """Start anew with another number of classes. The Parameters are new: give them to the optimizer."""
-        self._refuse_sharded("reset")
+        refuse_sharded(self, "reset")
         parameter = next(self.parameters())
         self._new_prototypes(num_classes, parameter.device, parameter.dtype)
         self.prototypes.requires_grad_(parameter.requires_grad)
@@ -378,7 +376,7 @@ class DecoupledPrototypeHead(nn.Module):
         if self.training:
             if new := [case for case in cases if not seen[case]]:
                 self.seen[new] = True
-            self._sync_seen()
+            share_between_ranks(self.seen, self)
         return groups
 
     def _place(self, has: tuple[bool, ...], seen: tuple[bool, ...] | None) -> tuple[int, tuple[tuple[int, int], ...]]:
@@ -393,50 +391,7 @@ class DecoupledPrototypeHead(nn.Module):
     def _mark_seen(self, case: Tensor, active: Tensor) -> None:
         order = torch.arange(len(self.cases), device=case.device)
         self.seen |= ((case[:, None] == order) & active.any(1, keepdim=True)).any(0)
-        self._sync_seen()
-
-    def _sync_seen(self) -> None:
-        # DDP copies the buffers of rank 0 to the others, so what only another rank has seen must reach rank 0. FSDP2
-        # leaves each rank its own, but the prototype loss must be that of the same cases everywhere.
-        ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
-        if ddp is not None:
-            self._share_seen(ddp.process_group)
-        elif self._is_sharded():
-            self._share_seen(None)
-
-    def _is_sharded(self) -> bool:
-        """Whether FSDP2 manages the prototypes, whichever module it was given; it leaves this mark for Dynamo."""
-        return getattr(self, "_is_fsdp_managed_module", False)
-
-    def _refuse_sharded(self, method: str) -> None:
-        if self._is_sharded():  # What is written to unsharded prototypes is lost with them.
-            raise RuntimeError(f"Expected `{method}` before `fully_shard`, but the prototypes are sharded already.")
-
-    def _whole(self, name: str) -> Tensor:
-        """A modality's prototypes outside the forward pass, for which FSDP2 gathers them."""
-        prototype: Tensor = self.prototypes[name]
-        if is_sharded(prototype):
-            return gather_for_loss(prototype)
-        if not (self._is_sharded() and prototype.requires_grad and torch.is_grad_enabled()):
-            return prototype
-
-        def check(_: Tensor) -> None:
-            if self.prototypes[name] is not prototype:
-                raise RuntimeError(
-                    "Expected one backward pass through the sum of the classification and the prototype loss, but "
-                    "another one has freed the prototypes; or shard the head on its own: `fully_shard(model.head)`."
-                )
-
-        # They are gathered from the forward until the end of the backward pass, which also reduces their gradients.
-        copy = prototype.clone()
-        copy.register_hook(check)
-        return copy
-
-    def _share_seen(self, group: Any) -> None:
-        """Mark what any rank has seen; all ranks must call it."""
-        seen = self.seen.byte()
-        torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX, group=group)
-        self.seen.copy_(seen)
+        share_between_ranks(self.seen, self)
 
     def _mean_cosines(self, rows: list[Tensor], case: Tensor, active: Tensor) -> list[Tensor]:
         """One (B, K) tensor per modality: its cosines over the number of modalities that score the row."""

@@ -1,10 +1,40 @@
-"""Tensors of which FSDP2 (`torch.distributed.fsdp.fully_shard`) has each rank hold a shard, as a DTensor."""
+"""Several processes: what DDP's ranks must tell each other, and tensors of which FSDP2 has each rank hold a shard.
+
+FSDP2 is `torch.distributed.fsdp.fully_shard`; the shards are DTensors.
+"""
 
 from typing import Any
 
-from torch import Tensor
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["gather", "gather_for_loss", "is_sharded", "shard_like"]
+__all__ = ["gather", "gather_for_loss", "is_sharded", "refuse_sharded", "shard_like", "share_between_ranks"]
+
+
+def share_between_ranks(marks: Tensor, module: nn.Module) -> None:
+    """In a forward pass of DDP or FSDP2, set in a bool buffer what is set on any rank; all ranks must call it.
+
+    DDP copies the buffers of rank 0 to the others, so what only another rank has seen must reach rank 0. FSDP2 leaves
+    each rank its own, but the prototype loss must be that of the same cases everywhere.
+    """
+    ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if ddp is not None or _is_managed(module):
+        any_rank = marks.byte()
+        dist.all_reduce(any_rank, dist.ReduceOp.MAX, group=None if ddp is None else ddp.process_group)
+        marks.copy_(any_rank)
+
+
+def _is_managed(module: nn.Module) -> bool:
+    """Whether FSDP2 has the module's parameters, whichever module it was given; it leaves this mark for Dynamo."""
+    return getattr(module, "_is_fsdp_managed_module", False)
+
+
+def refuse_sharded(module: nn.Module, method: str) -> None:
+    """Refuse what would write to gathered parameters and be lost with them."""
+    if _is_managed(module):
+        raise RuntimeError(f"Expected `{method}` before `fully_shard`, but the prototypes are sharded already.")
 
 
 def is_sharded(x: object) -> bool:
@@ -18,13 +48,31 @@ def gather(x: Any) -> Tensor:
     return whole
 
 
-def gather_for_loss(x: Any) -> Tensor:
-    """The whole of a sharded tensor; each rank's shard gets the mean gradient of all ranks, as in FSDP2's backward."""
-    from torch.distributed.tensor import Partial, Replicate
+def gather_for_loss(prototypes: nn.ParameterDict, name: str, module: nn.Module) -> Tensor:
+    """A parameter outside the forward pass, for which FSDP2 gathers it; with gradients as in FSDP2's backward."""
+    prototype: Any = prototypes[name]
+    if is_sharded(prototype):
+        from torch.distributed.tensor import Partial, Replicate
 
-    dims = x.device_mesh.ndim
-    whole: Tensor = x.redistribute(placements=[Replicate()] * dims).to_local(grad_placements=[Partial("avg")] * dims)
-    return whole
+        dims = prototype.device_mesh.ndim
+        whole = prototype.redistribute(placements=[Replicate()] * dims)
+        local: Tensor = whole.to_local(grad_placements=[Partial("avg")] * dims)  # The mean over the ranks.
+        return local
+    if not (_is_managed(module) and prototype.requires_grad and torch.is_grad_enabled()):
+        unchanged: Tensor = prototype
+        return unchanged
+
+    def check(_: Tensor) -> None:
+        if prototypes[name] is not prototype:
+            raise RuntimeError(
+                "Expected one backward pass through the sum of the classification and the prototype loss, but "
+                "another one has freed the prototypes; or shard the head on its own: `fully_shard(model.head)`."
+            )
+
+    # It is gathered from the forward until the end of the backward pass, which also reduces its gradient.
+    copy: Tensor = prototype.clone()
+    copy.register_hook(check)
+    return copy
 
 
 def shard_like(whole: Tensor, x: Any) -> Tensor:

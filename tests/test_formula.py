@@ -1,7 +1,7 @@
 """The head against the slow transcription of its formulas."""
 
 import math
-from itertools import product
+from itertools import combinations, product
 
 import pytest
 import reference
@@ -231,3 +231,54 @@ def test_two_modalities_in_a_shared_space_are_the_published_head():
     grads = torch.autograd.grad(sum(ours), everything), torch.autograd.grad(sum(theirs), everything)
     for mine, other in zip(*grads, strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
+
+
+def contrast_inputs(blocks=3, classes=5):
+    torch.manual_seed(0)
+    prototypes = [torch.randn(blocks, classes, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    seen = [torch.tensor([True, True, False][:blocks]), torch.tensor([True, False, True][:blocks])]
+    return prototypes, seen
+
+
+@pytest.mark.parametrize("shared_space", [False, True])
+def test_prototype_loss_in_chunks(monkeypatch, shared_space):
+    prototypes, seen = contrast_inputs()
+    expected = prototype_contrast(prototypes, seen, shared_space, 0.5)
+    gradients = torch.autograd.grad(expected, prototypes)
+    monkeypatch.setattr("protohead.functional.CHUNK", 100)  # 3 to 6 anchors of 15 or 30 at a time.
+    held = []
+    inner = torch.Tensor.logsumexp
+    monkeypatch.setattr(torch.Tensor, "logsumexp", lambda x, dim: held.append(x.numel()) or inner(x, dim))
+    loss = prototype_contrast(prototypes, seen, shared_space, 0.5)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(loss, prototypes), gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    assert len(held) >= 6
+    assert max(held) <= 100
+
+
+@pytest.mark.parametrize("shared_space", [False, True])
+def test_prototype_loss_of_a_sample_is_unbiased(monkeypatch, shared_space):
+    prototypes, seen = contrast_inputs()
+    expected = prototype_contrast(prototypes, seen, shared_space)
+    losses = []
+    for drawn in combinations(range(5), 2):
+        monkeypatch.setattr(torch, "randperm", lambda n, device, first=drawn: torch.tensor([*first, 0, 0, 0]))
+        losses.append(prototype_contrast(prototypes, seen, shared_space, sample=2))
+    assert len({loss.item() for loss in losses}) == 10
+    torch.testing.assert_close(torch.stack(losses).mean(), expected, rtol=0, atol=1e-12)
+    assert torch.equal(prototype_contrast(prototypes, seen, shared_space, sample=5), expected)
+
+
+def test_gradients_by_torch_func():
+    head = make(2)
+    features, present = every_case(head, rows=1)
+    labels = torch.arange(len(present)) % 4
+
+    def loss(parameters):
+        return F.cross_entropy(torch.func.functional_call(head, parameters, (features, present, labels)), labels)
+
+    parameters = dict(head.named_parameters())
+    expected = torch.autograd.grad(loss(parameters), list(parameters.values()))
+    for grad, name in zip(expected, parameters, strict=True):
+        torch.testing.assert_close(torch.func.grad(loss)(parameters)[name], grad, rtol=0, atol=1e-12)

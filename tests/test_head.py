@@ -348,3 +348,70 @@ def test_defaults_are_those_of_the_paper():
     assert head.margin.tolist() == [0.10, 0.15, 0.15]
     head = DecoupledPrototypeHead({"image": 4, "text": 4}, 3, margin={"text": 0.2, "image": 0.3, "image+text": 0.1})
     assert head.margin.tolist() == [0.1, 0.3, 0.2]
+
+
+def in_place(head):
+    with torch.no_grad():
+        head.prototypes["text"][0, 1] *= torch.linspace(0.1, 3, 6)
+
+
+def a_step(head):
+    optimizer, labels = torch.optim.SGD(head.parameters(), lr=1.0), torch.tensor([0, 1, 2, 0, 1])
+    F.cross_entropy(head(ROWS, labels=labels), labels).backward()
+    optimizer.step()
+
+
+def other_data(head):
+    head.prototypes["text"].data = 2 * head.prototypes["text"].data + 1
+
+
+def other_state(head):
+    state = head.state_dict()
+    head.load_state_dict({name: 1 - value if "prototypes" in name else value for name, value in state.items()})
+
+
+ROWS = torch.linspace(-1, 1, 70).sin().view(5, 14)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        in_place,
+        a_step,
+        other_data,
+        other_state,
+        lambda head: head.prototypes["text"].data.mul_(torch.linspace(0.1, 9, 6)),  # Not seen by autograd's versions.
+        lambda head: head.imprint(ROWS, torch.tensor([0, 1, 2, 0, 1])),
+        lambda head: head.double(),
+        lambda head: head.half(),
+        lambda head: head.reset_parameters(),
+    ],
+)
+def test_remembered_norms_follow_the_prototypes(change):
+    torch.manual_seed(0)
+    head = DecoupledPrototypeHead({"image": 8, "text": 6}, 3)
+    head(ROWS)
+    head.eval()
+    with torch.no_grad():
+        before, known = head(ROWS), head._known
+        assert torch.equal(head(ROWS), before)
+        assert head._known is known
+    change(head)
+    expected = head(ROWS).detach()  # With gradients nothing is remembered.
+    assert not torch.equal(expected, before)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            assert torch.equal(head(ROWS), expected)
+    assert head._known is not known
+
+
+def test_prototypes_made_in_inference_mode():
+    with torch.inference_mode():
+        head = DecoupledPrototypeHead({"image": 8, "text": 6}, 3).eval()
+        before = head(ROWS)
+        head.prototypes["text"].mul_(torch.linspace(0.1, 3, 6))
+        after = head(ROWS)
+    assert not torch.equal(before, after)
+    twin = DecoupledPrototypeHead({"image": 8, "text": 6}, 3).eval()
+    twin.load_state_dict(head.state_dict())
+    assert torch.equal(twin(ROWS), after)
