@@ -274,6 +274,8 @@ def test_gradients_by_torch_func():
     head = make(2)
     features, present = every_case(head, rows=1)
     labels = torch.arange(len(present)) % 4
+    head(features, present)
+    head.eval()  # In training a forward marks its cases as seen, which a function of torch.func may not.
 
     def loss(parameters):
         return F.cross_entropy(torch.func.functional_call(head, parameters, (features, present, labels)), labels)
