@@ -133,9 +133,10 @@ def _batch_size(name: str, x: Any) -> int:
 
 
 def _rows_there(x: Any) -> Tensor:
-    """(B,) bool on the CPU: the rows that are not None in a list, or not zeros in all the tensors."""
+    """(B,) bool on the CPU: the rows that are neither None nor NaN in a list, or not zeros in all the tensors."""
     if isinstance(x, Sequence):
-        return torch.tensor([row is not None for row in x], dtype=torch.bool, device="cpu")
+        missing = [row is None or (isinstance(row, float) and row != row) for row in x]
+        return ~torch.tensor(missing, dtype=torch.bool, device="cpu")
     tensors = [value for value in (x.values() if isinstance(x, Mapping) else [x]) if isinstance(value, Tensor)]
     if any(value.is_meta for value in tensors):
         return torch.ones(len(tensors[0]), dtype=torch.bool, device="cpu")  # There are no values to read.
@@ -145,9 +146,8 @@ def _rows_there(x: Any) -> Tensor:
 def select_rows(x: Any, index: Tensor, batch: int) -> Any:
     """Some of the B rows of what :func:`check_inputs` accepts; a list of tensors is stacked."""
     if isinstance(x, Mapping):
-        return {
-            key: select_rows(value, index, batch) if isinstance(value, Tensor) else value for key, value in x.items()
-        }
+        by_row = {key for key, value in x.items() if isinstance(value, (Tensor, list, tuple)) and len(value) == batch}
+        return {key: select_rows(value, index, batch) if key in by_row else value for key, value in x.items()}
     if isinstance(x, Tensor):
         return x if len(index) == batch else x[index.to(x.device)]
     rows = [x[i] for i in index.tolist()]

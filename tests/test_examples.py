@@ -184,7 +184,7 @@ def test_trained_encoders_and_several_labels(tmp_path, tiny, monkeypatch, layout
     predictions = table(output / "data.predictions.csv")
     if layout == "folder":
         saved = load_file(output / "model.safetensors")
-        assert "encoders.image+text.visual.proj" in saved
+        assert "encoders.image+text.clip.visual.proj" in saved
         assert float(scores[3]["accuracy"]) > 2.5 * CHANCE
         assert len(settings["classes"]) == 6
         test = [line for line in predictions if "/test/" in line["row"]]
@@ -330,7 +330,7 @@ def test_wrong_predictions(tmp_path, tiny, data, monkeypatch, capsys):
     (run / "settings.json").write_text(json.dumps({**settings, "seed": 1}))  # Other random weights.
     with pytest.raises(SystemExit):
         finetune(monkeypatch, "--predict", data, "--output", run)
-    assert "parameters are others" in capsys.readouterr().err
+    assert "frozen weights" in capsys.readouterr().err
 
 
 # -- huggingface.py and lightning.py ----------------------------------------------------------------------------------
