@@ -61,8 +61,8 @@ class PrototypeClassifier(nn.Module):
         if set(encoders) != set(head.modalities):
             raise ValueError(f"Expected encoders of the head's {head.modalities}, but got {tuple(encoders)}.")
         for name, encoder in encoders.items():
-            if not callable(encoder):
-                raise TypeError(f"Expected an encoder of {name!r} that can be called, but got {encoder!r}.")
+            if not callable(encoder) or isinstance(encoder, type):
+                raise TypeError(f"Expected a module or function as the encoder of {name!r}, but got {encoder!r}.")
         self._joint = joint
         self._functions: dict[str, Encoder] = {}
         self._places: dict[str, tuple[str, str]] = {}  # A modality to its encoder's key and the name of its method.
@@ -144,6 +144,9 @@ class PrototypeClassifier(nn.Module):
         """
         from safetensors.torch import save_file
 
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"Expected a folder that exists for {path}, but there is no {path.parent}.")
         frozen, names = self._frozen(), set()
         for prefix, module in self.named_modules():
             if prefix.startswith("encoders") and module not in frozen:
@@ -160,7 +163,6 @@ class PrototypeClassifier(nn.Module):
                     kept[name] = whole.cpu().clone().contiguous()
         metadata = {"format": "pt", "frozen": json.dumps(self._samples())}
         if writes:
-            path = Path(path)
             part = path.with_name(f"{path.name}.{uuid4().hex}.part")
             try:
                 save_file(kept, part, metadata)
@@ -186,6 +188,8 @@ class PrototypeClassifier(nn.Module):
             raise ValueError(f"Expected a file that `save` wrote, but {path} cannot be read: {error}") from None
         if "frozen" not in metadata:
             raise ValueError(f"Expected a file that `save` wrote, but {path} is another safetensors file.")
+        if (cases := state.get("head._extra_state")) is not None:
+            self.head.set_extra_state(cases)  # Only checks.
         own = self.state_dict()
         then, samples = json.loads(metadata["frozen"]), self._samples(every=True)
         wanted = {name for name in own if name.startswith("head.")} | ((set(samples) - set(then)) & set(own))
@@ -196,7 +200,6 @@ class PrototypeClassifier(nn.Module):
             if value.shape != own[name].shape and name != "head._extra_state":
                 got = f"{tuple(value.shape)} in {path}"
                 raise ValueError(f"Expected {name!r} of shape {tuple(own[name].shape)}, but got {got}.")
-        self.head.set_extra_state(state["head._extra_state"])
         same = [name in samples and _is_close(samples[name], numbers) for name, numbers in then.items()]
         if not all(same):
             others = [name for name, is_same in zip(then, same, strict=True) if not is_same]
@@ -300,7 +303,12 @@ def encode_rows(name: str, encoder: Encoder, rows: Any, count: int) -> Tensor:
     Raises:
         ValueError: If it returns anything else.
     """
-    out = encoder(**rows) if isinstance(rows, Mapping) else encoder(rows)
+    try:
+        out = encoder(**rows) if isinstance(rows, Mapping) else encoder(rows)
+    except Exception as error:
+        if hasattr(error, "add_note"):  # From Python 3.11 on. The shapes in the message are not those of the batch.
+            error.add_note(f"This was the encoder of {name!r}, given the {count} rows that have it.")
+        raise
     return _features(name, out, count)
 
 

@@ -97,7 +97,7 @@ def check_inputs(inputs: Mapping[str, Any], present: Tensor | None, modalities: 
     if not isinstance(inputs, Mapping):
         raise TypeError(f"Expected argument `inputs` to map modalities to inputs, but got {_kind(inputs)}.")
     if unknown := [name for name in inputs if name not in modalities]:
-        raise ValueError(f"Expected inputs of {tuple(modalities)}, but got {unknown}.")
+        raise ValueError(f"Expected inputs of {tuple(modalities)}, but got others: {unknown}.")
     given = {name: x for name in modalities if (x := inputs.get(name)) is not None}
     sizes = {name: _batch_size(name, x) for name, x in given.items()}
     if present is not None:
@@ -124,7 +124,7 @@ def _batch_size(name: str, x: Any) -> int:
         return len(x)
     tensors = [value for value in (x.values() if isinstance(x, Mapping) else [x]) if isinstance(value, Tensor)]
     if not tensors or any(value.dim() == 0 for value in tensors):
-        wanted = "a tensor, a mapping of tensors, or a list, with one row a sample"
+        wanted = "a tensor, a mapping of tensors (return_tensors='pt'), or a list, with one row a sample"
         raise TypeError(f"Expected inputs of {name!r} to be {wanted}, but got {_kind(x)}.")
     if len({len(value) for value in tensors}) > 1:
         got = {key: tuple(value.shape) for key, value in x.items() if isinstance(value, Tensor)}

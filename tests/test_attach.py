@@ -518,8 +518,8 @@ def test_parameters_that_no_feature_depends_on():
         ({}, ValueError, "Expected `in_features` or `example`"),
         ({"example": {"image": EXAMPLE["image"]}}, ValueError, "inputs of 'text' in every row, but it lacks some"),
         ({"example": {**EXAMPLE, "audio": [None]}}, ValueError, "inputs of 'audio' in every row"),
-        ({"example": EXAMPLE, "trainable": None}, TypeError, "`trainable` to be a pattern or several, but got None"),
-        ({"example": EXAMPLE, "trainable": ["*", 3]}, TypeError, "3"),
+        ({"example": EXAMPLE, "trainable": None}, TypeError, "`trainable` to be a string or several, but got NoneType"),
+        ({"example": EXAMPLE, "trainable": ["*", 3]}, TypeError, "but got list of something else"),
         ({"example": {**EXAMPLE, "audio": torch.zeros(2, 7)}}, ValueError, "'audio': 2"),
         ({"example": {**EXAMPLE, "audio": torch.zeros(1, 6)}}, RuntimeError, "shapes cannot be multiplied"),
         ({"example": EXAMPLE, "in_features": {**WIDTHS, "text": 9}}, ValueError, r"'text': 6.*, but got .*'text': 9"),
@@ -571,6 +571,14 @@ def test_an_object_that_fits_none_is_told_what_was_looked_for():
         "mapping of modality name to encoder",
     ):
         assert part in message
+
+
+def test_what_is_not_quite_a_backbone():
+    clip = open_clip.create_model("ViT-S-32")
+    with pytest.raises(TypeError, match=r"but got PrototypeClassifier. It has a head: `model.head.reset"):
+        attach(attach(clip, 5), 7)
+    with pytest.raises(TypeError, match=r"but got tuple. A function that makes models may return more"):
+        attach((clip, None, None), 5)
 
 
 def test_a_model_whose_own_example_fails():
@@ -631,5 +639,5 @@ def test_replace_module_wrong_paths(path, error, match):
     with pytest.raises(error, match=match):
         replace_module(model, path, DecoupledPrototypeHead({"image": 4, "text": 3}, num_classes=5))
     assert repr(model) == before
-    with pytest.raises(TypeError, match="`head` to be a module, but got function"):
+    with pytest.raises(TypeError, match="to be a module and a string, but got function and str"):
         replace_module(model, "heads.1", lambda x: x)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 from types import MethodType
 
 import pytest
@@ -427,7 +428,7 @@ def other_encoder(model):
     [
         (other_weights, r"frozen weights .* 1 of 6 are others: 'encoders.text.layers.0.weight'"),
         (other_classes, r"'head.prototypes.image' of shape \(2, 4, 5\), but got \(2, 3, 5\)"),
-        (other_head, "head"),
+        (other_head, r"cases \('image\+text',\), but got one with \('image\+text', 'image', 'text'\)"),
         (swapped_head, r"cases \('text\+image'"),
         (other_encoder, r"also holds 'encoders.image.layers.2.bias'"),
     ],
@@ -450,6 +451,8 @@ def test_files_that_save_did_not_write(tmp_path):
     save_file({"x": torch.ones(1)}, tmp_path / "other")
     with pytest.raises(FileNotFoundError):
         model.load(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="Expected a folder that exists"):
+        model.save(tmp_path / "none" / "file")
     with pytest.raises(ValueError, match="cannot be read"):
         model.load(tmp_path / "text")
     with pytest.raises(ValueError, match="another safetensors file"):
@@ -478,8 +481,9 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     [
         ({"image": nn.Identity()}, ValueError, r"\('image', 'text'\), but got \('image',\)"),
         ({"image": nn.Identity(), "text": nn.Identity(), "audio": nn.Identity()}, ValueError, "'audio'"),
-        ({"image": nn.Identity(), "text": 3}, TypeError, "encoder of 'text' that can be called, but got 3"),
-        (None, TypeError, "can be called, but got None"),
+        ({"image": nn.Identity(), "text": 3}, TypeError, "module or function as the encoder of 'text', but got 3"),
+        ({"image": nn.Identity(), "text": nn.Linear}, TypeError, "encoder of 'text', but got <class"),
+        (None, TypeError, "module or function as the encoder of 'image', but got None"),
         ({"image": nn.Identity(), "text": MethodType(lambda self, x: x, nn.Identity())}, ValueError, "own '<lambda>'"),
     ],
 )
@@ -496,7 +500,7 @@ BOTH = torch.ones(2, 2, dtype=torch.bool)
     ("inputs", "present", "error", "match"),
     [
         (IMAGE, None, TypeError, "map modalities to inputs, but got torch.float32"),
-        ({"pixel_values": IMAGE}, None, ValueError, r"\('image', 'text'\), but got \['pixel_values'\]"),
+        ({"pixel_values": IMAGE}, None, ValueError, r"\('image', 'text'\), but got others: \['pixel_values'\]"),
         ({}, None, ValueError, "one batch size, but got none"),
         ({"image": IMAGE, "text": TEXT[:1]}, None, ValueError, "'image': 2, 'text': 1"),
         ({"image": IMAGE}, BOTH[:1], ValueError, "'image': 2, 'present': 1"),
@@ -533,6 +537,13 @@ def test_wrong_features(encoder, match):
     model = PrototypeClassifier({"image": nn.Identity(), "text": encoder}, head)
     with pytest.raises(ValueError, match=match):
         model({"image": IMAGE, "text": TEXT})
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes before Python 3.11")
+def test_an_error_in_an_encoder_tells_which():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
+        build()({"image": torch.ones(3, 9)}, torch.tensor([[True, False], [False, False], [True, False]]))
+    assert caught.value.__notes__ == ["This was the encoder of 'image', given the 2 rows that have it."]
 
 
 def test_wrong_joint_features():

@@ -28,6 +28,8 @@ def attach(
 ) -> Any:
     """Put a head on a backbone, in one line; the backbone is frozen but for what `trainable` names.
 
+    The backbone is not copied: it is the model's own, frozen and set to eval mode in place.
+
     Args:
         backbone: An open_clip model; a transformers model with `get_image_features` and `get_text_features`, or a
             `ViltModel`; a mapping of modality name to encoder, as :class:`~protohead.PrototypeClassifier` takes; or the
@@ -42,7 +44,8 @@ def attach(
         prototype_weight: λ, the weight of the prototype loss in what MAP's and DCP's own loops sum (default there:
             see :mod:`protohead.adapters.map`). In your own loop you add the loss yourself.
         **head_options: As in :class:`~protohead.DecoupledPrototypeHead`. `in_features` is needed for a mapping without
-            `example`; `shared_space` is True for open_clip and transformers models.
+            `example`; where it is given, its order is that of the modalities. `shared_space` is True for open_clip and
+            transformers models.
 
     Returns:
         A :class:`~protohead.PrototypeClassifier`; for MAP and DCP the module that was given.
@@ -82,9 +85,13 @@ def attach(
     else:
         if not isinstance(backbone, Mapping):
             looked_for = "".join(f"\n- {family.LOOKED_FOR}" for family in (open_clip, transformers, map, dcp))
+            if isinstance(backbone, PrototypeClassifier):
+                hint = " It has a head: `model.head.reset(num_classes)` gives that other classes."
+            else:
+                hint = " A function that makes models may return more than the model." * isinstance(backbone, tuple)
             raise TypeError(
-                f"Expected a backbone that `attach` knows, but got {type(backbone).__name__}. What was looked for:"
-                f"{looked_for}\n- any model: a mapping of modality name to encoder"
+                f"Expected a backbone that `attach` knows, but got {type(backbone).__name__}.{hint} "
+                f"What was looked for:{looked_for}\n- any model: a mapping of modality name to encoder"
             )
         encoders, own = dict(backbone), None
         named = [(f"{name}.{tail}", p) for name, x in encoders.items() for tail, p in parameters_of(x)]
@@ -119,6 +126,9 @@ def attach(
 def replace_module(model: nn.Module, path: str, head: nn.Module) -> nn.Module:
     """Put `head` in the place of the module at a dotted path, and return the module that stood there.
 
+    What calls it gives it features alone: see that they are concatenated in the order of ``head.modalities``, with
+    zeros where one is missing. A module that stands at several paths is replaced at this one.
+
     Args:
         model: Any model; changed in place.
         path: As in ``model.get_submodule``, for instance ``"classifier"`` or ``"blocks.3.mlp"``.
@@ -127,7 +137,7 @@ def replace_module(model: nn.Module, path: str, head: nn.Module) -> nn.Module:
     Raises:
         ValueError: If there is no module at the path, with the nearest names; or if the old module is an
             ``nn.Linear`` of another width than the head. The model is then unchanged.
-        TypeError: If `head` is not a module.
+        TypeError: If `head` is not a module or `path` not a string.
 
     Example:
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(7, 5))
@@ -136,8 +146,9 @@ def replace_module(model: nn.Module, path: str, head: nn.Module) -> nn.Module:
         >>> model(torch.randn(2, 7)).shape
         torch.Size([2, 5])
     """
-    if not isinstance(head, nn.Module):
-        raise TypeError(f"Expected argument `head` to be a module, but got {type(head).__name__}.")
+    if not isinstance(head, nn.Module) or not isinstance(path, str):
+        got = f"{type(head).__name__} and {type(path).__name__}"
+        raise TypeError(f"Expected arguments `head` and `path` to be a module and a string, but got {got}.")
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     if path not in names:
         near = get_close_matches(path, names) or names[-5:]

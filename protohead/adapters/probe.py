@@ -123,7 +123,8 @@ def chosen_parameters(
         TypeError: If a pattern is not a string.
     """
     if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(f"Expected argument `trainable` to be a pattern or several, but got {patterns!r}.")
+        got = type(patterns).__name__
+        raise TypeError(f"Expected argument `trainable` to be a string or several, but got {got} of something else.")
     chosen: set[nn.Parameter] = set()
     for pattern in patterns:
         found = {name: p for name, p in named if fnmatchcase(name, pattern)}
