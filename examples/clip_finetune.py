@@ -279,11 +279,12 @@ def main() -> None:
     option("--seed", type=int, default=0, help="of the splits, what goes missing, and the training (default: 0)")
     option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    for name, low in (("epochs", 1), ("batch_size", 1), ("workers", 0), ("missing_rate", 0), ("weight", 0), ("lr", 0)):
-        if not low <= getattr(arguments, name) < (1.001 if name == "missing_rate" else float("inf")):
-            parser.error(
-                f"Expected --{name.replace('_', '-')} to be {low} or more, but got {getattr(arguments, name)}."
-            )
+    for name, low in (("epochs", 1), ("batch_size", 1), ("workers", 0), ("weight", 0), ("lr", 0)):
+        if not low <= getattr(arguments, name) < float("inf"):
+            got = getattr(arguments, name)
+            parser.error(f"Expected --{name.replace('_', '-')} to be {low} or more, but got {got}.")
+    if not 0 <= arguments.missing_rate <= 1:
+        parser.error(f"Expected --missing-rate to be from 0 to 1, but got {arguments.missing_rate}.")
     try:
         if arguments.predict:
             use(arguments)

@@ -1,9 +1,9 @@
 """Rows of pictures and texts from a CSV, a JSONL or a folder: what clip_finetune.py reads.
 
 A table has the columns image (a path, relative to the file), text, label and, optionally, split (train, val, test).
-What is empty, null or absent is missing. Several labels are a list in JSONL, and a|b in CSV. A folder has class
-folders, or train, val and test folders of these, with pictures. The .txt of the same stem beside a picture is its text;
-a .txt without a picture is a row that has no picture.
+What is empty, null, absent or, in a CSV, as pandas writes it (nan, null, none, n/a) is missing. Several labels are a
+list in JSONL, and a|b in CSV. A folder has class folders, or train, val and test folders of these, with pictures. The
+.txt of the same stem beside a picture is its text; a .txt without a picture is a row that has no picture.
 """
 
 import csv
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 SPLITS = ("train", "val", "test")
+MISSING = {"nan", "null", "none", "n/a"}
 
 
 class InputError(ValueError):
@@ -55,6 +56,9 @@ def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 if None in fields or None in fields.values():
                     wanted = f"{len(table.fieldnames or ())} fields, as in the header"
                     raise InputError(f"Expected {wanted}, but {path} line {table.line_num} has more or fewer.")
+                for name in ("image", "text"):
+                    if fields.get(name, "").strip().lower() in MISSING:
+                        fields[name] = ""
                 if "|" in (label := fields.get("label", "")):
                     fields["label"] = [part.strip() for part in label.split("|") if part.strip()]
                 yield f"{path} line {table.line_num}", fields
@@ -91,6 +95,8 @@ def read(path: Path, labelled: bool = True) -> tuple[list[Row], bool]:
             label = fields.get("label") if labelled else []
             several |= isinstance(label, list)
             labels = label if isinstance(label, list) else [label]
+            if path.is_dir() and label is None:
+                raise InputError(f"Expected pictures and texts in class folders, but {where} is in none.")
             if not all(isinstance(x, str | int) and str(x).strip() for x in labels):
                 raise InputError(f"Expected a label, or a list of labels, but {where} has {label!r}.")
             if labelled and split not in (None, *SPLITS):
@@ -117,6 +123,8 @@ def split_rows(rows: list[Row], seed: int) -> dict[str, list[Row]]:
             share = number / len(kept) if met.issuperset(row.labels) else 0
             met.update(row.labels)
             kept[number] = row._replace(split=SPLITS[(share >= 0.7) + (share >= 0.85)])
+    if not rows:
+        raise InputError("Expected rows, but the data has none.")
     splits = {split: [row for row in kept if row.split == split] for split in SPLITS}
     if empty := [split for split, part in splits.items() if not part]:
         raise InputError(f"Expected rows with image or text in every split, but got none in {empty}.")

@@ -61,8 +61,8 @@ class PrototypeClassifier(nn.Module):
         if set(encoders) != set(head.modalities):
             raise ValueError(f"Expected encoders of the head's {head.modalities}, but got {tuple(encoders)}.")
         for name, encoder in encoders.items():
-            if not callable(encoder):
-                raise TypeError(f"Expected an encoder of {name!r} that can be called, but got {encoder!r}.")
+            if not callable(encoder) or isinstance(encoder, type):
+                raise TypeError(f"Expected a module or function as the encoder of {name!r}, but got {encoder!r}.")
         self._joint = joint
         self._functions: dict[str, Encoder] = {}
         self._places: dict[str, tuple[str, str]] = {}  # A modality to its encoder's key and the name of its method.
@@ -78,6 +78,10 @@ class PrototypeClassifier(nn.Module):
         for owner, names in owners.values():
             for name in names:
                 method = "" if encoders[name] is owner else encoders[name].__name__
+                if method and getattr(owner, method, None) != encoders[name]:  # It is looked up anew at each call.
+                    raise ValueError(
+                        f"Expected the encoder of {name!r} to be its module's own {method!r}, but it is not."
+                    )
                 self._places[name] = "+".join(names), method
         self.head = head
         self.train(self.training)
@@ -87,8 +91,9 @@ class PrototypeClassifier(nn.Module):
 
         Args:
             inputs: Name of a modality to what its encoder takes, for all B rows: a tensor, a mapping of tensors (such
-                as a tokenizer's output), or a list with None for missing rows. A list of tensors reaches the encoder
-                stacked, any other as a list. A modality that is None or left out is missing in every row.
+                as a tokenizer's output), or a list with None, or pandas' NaN, for missing rows. A list of tensors
+                reaches the encoder stacked, any other as a list. A modality that is None or left out is missing in
+                every row. Encoders are given the rows that are present, in their dtype.
             present: (B, M) bool, columns in the order of ``head.modalities``; best on the CPU, where it is read.
                 By default a modality is present in a row unless that is None in a list, or all zeros in a tensor (in
                 all the tensors of a mapping). What stands in a missing row is never encoded.
@@ -134,11 +139,14 @@ class PrototypeClassifier(nn.Module):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the head, and what is trainable in the encoders, to a safetensors file.
 
-        Frozen parameters are not in it, only one number of each, by which :meth:`load` recognises the backbone. With
-        sharded parameters (FSDP2) every rank must call this, and rank 0 writes.
+        What is frozen now is not in it, only some numbers of each parameter, by which :meth:`load` recognises another
+        backbone. With sharded parameters (FSDP2) every rank must call this, and rank 0 writes.
         """
         from safetensors.torch import save_file
 
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"Expected a folder that exists for {path}, but there is no {path.parent}.")
         frozen, names = self._frozen(), set()
         for prefix, module in self.named_modules():
             if prefix.startswith("encoders") and module not in frozen:
@@ -155,7 +163,6 @@ class PrototypeClassifier(nn.Module):
                     kept[name] = whole.cpu().clone().contiguous()
         metadata = {"format": "pt", "frozen": json.dumps(self._samples())}
         if writes:
-            path = Path(path)
             part = path.with_name(f"{path.name}.{uuid4().hex}.part")
             try:
                 save_file(kept, part, metadata)
@@ -181,8 +188,11 @@ class PrototypeClassifier(nn.Module):
             raise ValueError(f"Expected a file that `save` wrote, but {path} cannot be read: {error}") from None
         if "frozen" not in metadata:
             raise ValueError(f"Expected a file that `save` wrote, but {path} is another safetensors file.")
+        if (cases := state.get("head._extra_state")) is not None:
+            self.head.set_extra_state(cases)  # Only checks.
         own = self.state_dict()
-        wanted = {name for name in own if name.startswith("head.")}
+        then, samples = json.loads(metadata["frozen"]), self._samples(every=True)
+        wanted = {name for name in own if name.startswith("head.")} | ((set(samples) - set(then)) & set(own))
         for what, names in (("lacks", wanted - set(state)), ("also holds", set(state) - set(own))):
             if names:
                 raise ValueError(f"Expected a checkpoint of this model, but {path} {what} {_some(sorted(names))}.")
@@ -190,27 +200,26 @@ class PrototypeClassifier(nn.Module):
             if value.shape != own[name].shape and name != "head._extra_state":
                 got = f"{tuple(value.shape)} in {path}"
                 raise ValueError(f"Expected {name!r} of shape {tuple(own[name].shape)}, but got {got}.")
-        self.head.set_extra_state(state["head._extra_state"])
-        samples, then = self._samples(every=True), json.loads(metadata["frozen"])
-        # Within the precision of bfloat16, for a backbone that was cast since.
-        same = [
-            name in samples and math.isclose(samples[name], x, rel_tol=2e-2, abs_tol=1e-6) for name, x in then.items()
-        ]
+        same = [name in samples and _is_close(samples[name], numbers) for name, numbers in then.items()]
         if not all(same):
             others = [name for name, is_same in zip(then, same, strict=True) if not is_same]
             raise ValueError(
-                f"Expected the frozen weights with which {path} was trained, but {len(others)} of {len(then)} "
-                f"parameters are others: {_some(others)}."
+                f"Expected the frozen weights with which {path} was trained, but {len(others)} of {len(then)} are "
+                f"others: {_some(others)}."
             )
         self.load_state_dict({name: shard_like(value, own[name]) for name, value in state.items()}, strict=False)
 
-    def _samples(self, every: bool = False) -> dict[str, float]:
-        """The first number of each frozen parameter of the encoders, or of each parameter."""
-        return {
-            name: gather(p).flatten()[0].item()
-            for name, p in self.named_parameters()
-            if name.startswith("encoders.") and p.is_floating_point() and p.numel() and (every or not p.requires_grad)
-        }
+    def _samples(self, every: bool = False) -> dict[str, list[float]]:
+        """Some numbers of each frozen parameter of the encoders and of what frozen norms have counted; or of all."""
+        frozen = self._frozen()
+        samples = {}
+        for prefix, module in self.encoders.named_modules(prefix="encoders"):
+            tensors = [(name, p, p.requires_grad) for name, p in module.named_parameters(recurse=False)]
+            tensors += [(name, b, module not in frozen) for name, b in module.named_buffers(recurse=False)]
+            for name, x, kept in tensors:
+                if x.is_floating_point() and x.numel() and (every or not kept):
+                    samples[f"{prefix}.{name}"] = gather(x).flatten()[:: max(1, x.numel() // 8)][:8].tolist()
+        return samples
 
     # -- the steps ----------------------------------------------------------------------------------------------------
 
@@ -261,13 +270,12 @@ class PrototypeClassifier(nn.Module):
             return 0.0
         from torch.distributed.fsdp import FSDPModule
 
-        key, method = self._places[name]
-        encoder = self.encoders[key]
+        encoder = self.encoders[self._places[name][0]]
         tensors: list[Tensor] = [p for p in encoder.parameters() if p.requires_grad]
         synced = any(isinstance(m, nn.SyncBatchNorm) and m.training for m in encoder.modules())
-        if synced and not method and dist.get_world_size() > 1:  # The other ranks would wait for this one.
+        if synced and dist.get_world_size() > 1:  # The other ranks would wait for this one.
             raise ValueError(
-                f"Expected rows with {name!r} on every rank, as the SyncBatchNorm of its encoder needs, but got none."
+                f"Expected rows with {name!r} on every rank, as its encoder has a SyncBatchNorm, but got none."
             )
         if any(isinstance(m, FSDPModule) for m in encoder.modules()):  # Its forward is a collective, too.
             x = inputs.get(name)
@@ -290,13 +298,17 @@ class PrototypeClassifier(nn.Module):
 
 
 def encode_rows(name: str, encoder: Encoder, rows: Any, count: int) -> Tensor:
-    """What an encoder says of `count` rows: (count, D) features, in the encoder's dtype.
+    """What an encoder says of `count` rows: (count, D) features.
 
     Raises:
         ValueError: If it returns anything else.
     """
-    rows = _cast(rows, _input_dtype(encoder))
-    out = encoder(**rows) if isinstance(rows, Mapping) else encoder(rows)
+    try:
+        out = encoder(**rows) if isinstance(rows, Mapping) else encoder(rows)
+    except Exception as error:
+        if hasattr(error, "add_note"):  # From Python 3.11 on. The shapes in the message are not those of the batch.
+            error.add_note(f"This was the encoder of {name!r}, given the {count} rows that have it.")
+        raise
     return _features(name, out, count)
 
 
@@ -306,7 +318,7 @@ def joint_rows(encoder: Encoder, inputs: Mapping[str, Any], present: Mapping[str
     Raises:
         ValueError: If it returns anything else.
     """
-    out = encoder(_cast(inputs, _input_dtype(encoder)), present)
+    out = encoder(inputs, present)
     if not isinstance(out, Mapping) or set(out) != set(present):
         got = tuple(out) if isinstance(out, Mapping) else type(out).__name__
         raise ValueError(f"Expected the joint encoder to return features of {tuple(present)}, but got {got}.")
@@ -322,20 +334,11 @@ def _features(name: str, out: Any, count: int) -> Tensor:
     return x
 
 
-def _input_dtype(encoder: Encoder) -> torch.dtype | None:
-    """The dtype that a module multiplies its input in; its norms and embeddings may be of another."""
-    owner = getattr(encoder, "__self__", encoder)
-    if not isinstance(owner, nn.Module):
-        return None
-    weights = (m.weight for m in owner.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)))
-    return next((w.dtype for w in weights if w.is_floating_point()), None)
-
-
-def _cast(x: Any, dtype: torch.dtype | None) -> Any:
-    """Pictures as float32 go into a half-precision encoder as they are prepared for any other."""
-    if isinstance(x, Mapping):
-        return {name: _cast(value, dtype) for name, value in x.items()}
-    return x.to(dtype) if dtype is not None and isinstance(x, Tensor) and x.is_floating_point() else x
+def _is_close(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Within the precision of bfloat16, for a backbone that was cast since; NaN, as in unused memory, equals NaN."""
+    pairs = list(zip(a, b, strict=False))
+    close = [math.isclose(x, y, rel_tol=1e-2, abs_tol=1e-6) or (math.isnan(x) and math.isnan(y)) for x, y in pairs]
+    return len(a) == len(b) and all(close)
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:

@@ -97,7 +97,7 @@ def check_inputs(inputs: Mapping[str, Any], present: Tensor | None, modalities: 
     if not isinstance(inputs, Mapping):
         raise TypeError(f"Expected argument `inputs` to map modalities to inputs, but got {_kind(inputs)}.")
     if unknown := [name for name in inputs if name not in modalities]:
-        raise ValueError(f"Expected inputs of {tuple(modalities)}, but got {unknown}.")
+        raise ValueError(f"Expected inputs of {tuple(modalities)}, but got others: {unknown}.")
     given = {name: x for name in modalities if (x := inputs.get(name)) is not None}
     sizes = {name: _batch_size(name, x) for name, x in given.items()}
     if present is not None:
@@ -124,7 +124,7 @@ def _batch_size(name: str, x: Any) -> int:
         return len(x)
     tensors = [value for value in (x.values() if isinstance(x, Mapping) else [x]) if isinstance(value, Tensor)]
     if not tensors or any(value.dim() == 0 for value in tensors):
-        wanted = "a tensor, a mapping of tensors, or a list, with one row a sample"
+        wanted = "a tensor, a mapping of tensors (return_tensors='pt'), or a list, with one row a sample"
         raise TypeError(f"Expected inputs of {name!r} to be {wanted}, but got {_kind(x)}.")
     if len({len(value) for value in tensors}) > 1:
         got = {key: tuple(value.shape) for key, value in x.items() if isinstance(value, Tensor)}
@@ -133,9 +133,10 @@ def _batch_size(name: str, x: Any) -> int:
 
 
 def _rows_there(x: Any) -> Tensor:
-    """(B,) bool on the CPU: the rows that are not None in a list, or not zeros in all the tensors."""
+    """(B,) bool on the CPU: the rows that are neither None nor NaN in a list, or not zeros in all the tensors."""
     if isinstance(x, Sequence):
-        return torch.tensor([row is not None for row in x], dtype=torch.bool, device="cpu")
+        missing = [row is None or (isinstance(row, float) and row != row) for row in x]
+        return ~torch.tensor(missing, dtype=torch.bool, device="cpu")
     tensors = [value for value in (x.values() if isinstance(x, Mapping) else [x]) if isinstance(value, Tensor)]
     if any(value.is_meta for value in tensors):
         return torch.ones(len(tensors[0]), dtype=torch.bool, device="cpu")  # There are no values to read.
@@ -145,9 +146,8 @@ def _rows_there(x: Any) -> Tensor:
 def select_rows(x: Any, index: Tensor, batch: int) -> Any:
     """Some of the B rows of what :func:`check_inputs` accepts; a list of tensors is stacked."""
     if isinstance(x, Mapping):
-        return {
-            key: select_rows(value, index, batch) if isinstance(value, Tensor) else value for key, value in x.items()
-        }
+        by_row = {key for key, value in x.items() if isinstance(value, (Tensor, list, tuple)) and len(value) == batch}
+        return {key: select_rows(value, index, batch) if key in by_row else value for key, value in x.items()}
     if isinstance(x, Tensor):
         return x if len(index) == batch else x[index.to(x.device)]
     rows = [x[i] for i in index.tolist()]

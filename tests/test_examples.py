@@ -184,7 +184,7 @@ def test_trained_encoders_and_several_labels(tmp_path, tiny, monkeypatch, layout
     predictions = table(output / "data.predictions.csv")
     if layout == "folder":
         saved = load_file(output / "model.safetensors")
-        assert "encoders.image+text.visual.proj" in saved
+        assert "encoders.image+text.clip.visual.proj" in saved
         assert float(scores[3]["accuracy"]) > 2.5 * CHANCE
         assert len(settings["classes"]) == 6
         test = [line for line in predictions if "/test/" in line["row"]]
@@ -253,7 +253,8 @@ NO_SPLIT = "image,text,label\n" + "".join(f",text {i},{i % 2}\n" for i in range(
         ),
         ("data.csv", TABLE + ",text,0\n", [], "4 fields, as in the header, but {folder}/data.csv line 14"),
         ("data.csv", TABLE.replace("val", "test"), [], "got none in ['val']"),
-        ("data.csv", "image,text,label\n", [], "got none in ['train', 'val', 'test']"),
+        ("data.csv", "image,text,label\n", [], "Expected rows, but the data has none"),
+        ("data.csv", "image,text,label\nnan,N/A,0\nnull,None,1\n", [], "got none in ['train', 'val', 'test']"),
         ("data.csv", NO_SPLIT.replace(",1\n", ",0\n"), [], "two classes or more in the training split, but got ['0']"),
         ("data.csv", "picture,caption,label\na,b,0\n", [], "line 2 has ['picture', 'caption', 'label']"),
         ("data.csv", "image,text\n,a\n", [], "line 2 has None"),
@@ -330,7 +331,7 @@ def test_wrong_predictions(tmp_path, tiny, data, monkeypatch, capsys):
     (run / "settings.json").write_text(json.dumps({**settings, "seed": 1}))  # Other random weights.
     with pytest.raises(SystemExit):
         finetune(monkeypatch, "--predict", data, "--output", run)
-    assert "parameters are others" in capsys.readouterr().err
+    assert "frozen weights" in capsys.readouterr().err
 
 
 # -- huggingface.py and lightning.py ----------------------------------------------------------------------------------

@@ -16,11 +16,11 @@ README = (ROOT / "README.md").read_text()
 def test_code_blocks_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names = {}
     for block in blocks:
         exec(block, names)
-    assert names["predicted"].shape == (8,)
+    assert names["predicted"].shape == (4,)
     assert names["head"].seen_cases == ("image+text", "image", "text")
     assert (tmp_path / "model.safetensors").exists()
 

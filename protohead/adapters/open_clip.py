@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from protohead.classifier import Encoder
 
@@ -25,4 +26,26 @@ def encoders(model: Any) -> tuple[dict[str, Encoder], dict[str, Any]]:
         "image": torch.zeros(1, 3, height, width, device=device),
         "text": torch.zeros(1, model.context_length, dtype=torch.long, device=device),
     }
-    return {"image": model.encode_image, "text": model.encode_text}, example
+    towers = OpenClipTowers(model)
+    return {"image": towers.encode_image, "text": towers.encode_text}, example
+
+
+class OpenClipTowers(nn.Module):
+    """Pictures come as open_clip's transforms make them, in float32, whatever the dtype of the model."""
+
+    clip: Any
+
+    def __init__(self, clip: nn.Module) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """(n, 3, H, W) -> (n, D)."""
+        first = next((part for part in self.clip.visual.modules() if isinstance(part, nn.Conv2d)), None)
+        features: Tensor = self.clip.encode_image(image if first is None else image.to(first.weight.dtype))
+        return features
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        """(n, context length) token ids -> (n, D)."""
+        features: Tensor = self.clip.encode_text(text)
+        return features

@@ -65,31 +65,33 @@ class ViltTokens(nn.Module):
     def forward(self, inputs: Mapping[str, Any], present: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(B, D) features of ``"image"`` and ``"text"``, from tokens and pixels as ViLT's processor makes them."""
         weight = self.vilt.embeddings.patch_embeddings.projection.weight
-        size, batch = self.vilt.config.image_size, len(present["text"])
-        text, image = (
-            _tensors(inputs.get(name), key) for name, key in (("text", "input_ids"), ("image", "pixel_values"))
-        )
-        has_text, has_image = (present[name].to(weight.device)[:, None] for name in ("text", "image"))
+        size, batch, device = self.vilt.config.image_size, len(present["text"]), weight.device
+        if batch == 0:
+            return dict.fromkeys(present, weight.new_zeros(0, self.vilt.config.hidden_size))
+        text, image = _tensors("text", inputs, "input_ids"), _tensors("image", inputs, "pixel_values")
+        has_text, has_image = (present[name].to(device)[:, None] for name in ("text", "image"))
 
-        ids = text.get("input_ids", torch.zeros(batch, 2, dtype=torch.long, device=weight.device))
-        mask = text.get("attention_mask", torch.ones_like(ids))
-        short = max(0, 2 - ids.shape[1])
-        ids, mask = (nn.functional.pad(x, (0, short)) for x in (ids, mask))
-        empty = nn.functional.pad(torch.tensor(EMPTY_TEXT, device=ids.device), (0, ids.shape[1] - 2))
-        text |= {"input_ids": torch.where(has_text, ids, empty)}
-        text |= {"attention_mask": torch.where(has_text, mask, (empty > 0).to(mask.dtype))}
+        ids = text.get("input_ids", torch.zeros(batch, 2, dtype=torch.long, device=device))
+        length = max(2, ids.shape[1])
+        empty = torch.tensor([*EMPTY_TEXT, *[0] * (length - 2)], device=device)
+        text = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **text}
+        instead = {"input_ids": empty, "attention_mask": empty > 0}
+        for key, x in text.items():
+            padded = nn.functional.pad(x, (0, length - ids.shape[1]))
+            text[key] = torch.where(has_text, padded, instead.get(key, torch.zeros_like(empty)).to(x.dtype))
 
-        pixels = image.get("pixel_values", torch.ones(batch, 3, size, size, device=weight.device))
-        height, width = pixels.shape[2:]
-        mask = image.get("pixel_mask", torch.ones(batch, height, width, dtype=torch.long, device=weight.device))
-        # Of one size, whatever the other pictures of the batch are padded to.
+        # As large as ViLT's own size at least, so that a missing row is the same beside small pictures and large ones.
+        pixels = image.get("pixel_values", torch.ones(batch, 3, size, size, dtype=weight.dtype, device=device))
+        mask = image.get("pixel_mask", torch.ones(batch, *pixels.shape[2:], dtype=torch.long, device=device))
+        room = (0, max(0, size - pixels.shape[3]), 0, max(0, size - pixels.shape[2]))
+        pixels, mask = nn.functional.pad(pixels, room), nn.functional.pad(mask, room)
         square = torch.zeros_like(mask[0])
         square[:size, :size] = 1
-        image |= {"pixel_values": torch.where(has_image[:, :, None, None], pixels, 1).to(weight.dtype)}
-        image |= {"pixel_mask": torch.where(has_image[:, :, None], mask, square)}
+        image["pixel_values"] = torch.where(has_image[:, :, None, None], pixels, 1).to(weight.dtype)
+        image["pixel_mask"] = torch.where(has_image[:, :, None], mask, square)
 
         tokens = self.vilt(**text, **image).last_hidden_state
-        return {"image": tokens[:, ids.shape[1]], "text": tokens[:, 0]}
+        return {"image": tokens[:, length], "text": tokens[:, 0]}
 
 
 class FlavaTokens(nn.Module):
@@ -115,9 +117,16 @@ def _first_token(out: Any) -> Tensor:
     return tokens[:, 0]
 
 
-def _tensors(x: Any, key: str) -> dict[str, Tensor]:
-    """An input in the form of a processor's output; of a list with None for missing rows, zeros there."""
+def _tensors(name: str, inputs: Mapping[str, Any], key: str) -> dict[str, Tensor]:
+    """An input in the form of a processor's output; of a list of tensors with None for missing rows, zeros there."""
+    x = inputs.get(name)
     if isinstance(x, Sequence):
+        if wrong := [row for row in x if row is not None and not isinstance(row, Tensor)]:
+            raise TypeError(
+                f"Expected a list of tensors, or None, for ViLT's {name!r}, but got {type(wrong[0]).__name__}."
+            )
         blank = next((torch.zeros_like(row) for row in x if row is not None), None)
         x = None if blank is None else torch.stack([blank if row is None else row for row in x])
+    if isinstance(x, Mapping) and key not in x:
+        raise ValueError(f"Expected inputs of {name!r} to hold {key!r} for ViLT, but got {list(x)}.")
     return dict(x) if isinstance(x, Mapping) else {} if x is None else {key: x}
