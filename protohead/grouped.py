@@ -10,6 +10,7 @@ from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from protohead.functional import add_angular_margin, normalize, phi, phi_slope
@@ -83,7 +84,7 @@ def _score(
     for group, index in zip(groups, indices, strict=True):
         parts = []
         for m, v in group.parts:
-            part = _take(units[m], index) @ prototypes[m][v].T
+            part = F.linear(_take(units[m], index), prototypes[m][v])
             parts.append(part.mul_(norms[m][v] * (group.scale / len(group.parts))))
         logits = reduce(torch.add, parts)
         if saved is not None:

@@ -19,6 +19,8 @@ from protohead.sharding import gather_for_loss, is_sharded, refuse_sharded, shar
 
 __all__ = ["DecoupledPrototypeHead"]
 
+SMALL = 2**17  # Of fewer numbers to make the norms costs no more than to recognise them.
+
 
 class DecoupledPrototypeHead(nn.Module):
     """Classify by class prototypes of each modality and missing case (Decoupled Prototype Learning, arXiv 2505.08283).
@@ -352,7 +354,12 @@ class DecoupledPrototypeHead(nn.Module):
     def _norms(self, prototypes: list[Tensor]) -> list[Tensor]:
         """The prototypes' inverse norms; in inference, remembered until the prototypes change."""
         own = [self.prototypes[name].detach() for name in self.modalities]
-        if self.training or torch.is_grad_enabled() or any(p.is_inference() for p in own):
+        if (
+            sum(p.numel() for p in own) < SMALL
+            or self.training
+            or torch.is_grad_enabled()
+            or any(p.is_inference() for p in own)
+        ):
             return [inverse_norm(p.detach()) for p in prototypes]
         # A write to `.data` leaves the version as it was, but hardly the first numbers of all the prototypes.
         key = [(p.data_ptr(), p._version, wide.dtype) for p, wide in zip(own, prototypes, strict=True)]

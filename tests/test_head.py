@@ -387,7 +387,8 @@ ROWS = torch.linspace(-1, 1, 70).sin().view(5, 14)
         lambda head: head.reset_parameters(),
     ],
 )
-def test_remembered_norms_follow_the_prototypes(change):
+def test_remembered_norms_follow_the_prototypes(change, monkeypatch):
+    monkeypatch.setattr("protohead.head.SMALL", 0)
     torch.manual_seed(0)
     head = DecoupledPrototypeHead({"image": 8, "text": 6}, 3)
     head(ROWS)
