@@ -6,11 +6,10 @@ made or saved, the products are scaled by inverse norms instead, and each gradie
 
 import math
 from collections.abc import Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from protohead.functional import add_angular_margin, normalize, phi, phi_slope
@@ -55,12 +54,42 @@ def grouped_logits(
     """
     if norms is None:
         norms = [inverse_norm(p.detach()) for p in prototypes]
-    batch, device = len(rows[0]), rows[0].device
-    indices = [None if len(group.rows) == batch else torch.tensor(group.rows, device=device) for group in groups]
+    order = _Order.of(groups, rows[0])
     if not torch.is_grad_enabled():
-        return _score(groups, indices, labels, norms, rows, prototypes, None)
-    result: Tensor = _GroupedLogits.apply(groups, indices, labels, norms, *rows, *prototypes)
+        return _score(groups, order, labels, norms, rows, prototypes, None)
+    result: Tensor = _GroupedLogits.apply(groups, order, labels, norms, *rows, *prototypes)
     return result
+
+
+class _Order(NamedTuple):
+    """The rows of the groups one behind the other, and back."""
+
+    batch: int
+    there: Tensor | None  # None where the rows are one group, in order.
+    back: Tensor | None
+    sizes: list[int]
+
+    @classmethod
+    def of(cls, groups: Sequence[Group], like: Tensor) -> "_Order":
+        batch, there = len(like), [row for group in groups for row in group.rows]
+        sizes = [len(group.rows) for group in groups]
+        if len(groups) == 1 and len(there) == batch:
+            return cls(batch, None, None, sizes)
+        back = [len(there)] * batch  # Behind all groups is a row of zeros.
+        for place, row in enumerate(there):
+            back[row] = place
+        make = partial(torch.tensor, dtype=torch.int64, device=like.device)
+        return cls(batch, make(there), make(back), sizes)
+
+    def split(self, x: Tensor) -> Sequence[Tensor]:
+        parts: Sequence[Tensor] = (x if self.there is None else x.index_select(0, self.there)).split(self.sizes)
+        return parts
+
+    def join(self, parts: list[Tensor], like: Tensor) -> Tensor:
+        if self.back is None:
+            return parts[0]
+        rest = [like.new_zeros(1, like.shape[1])] if sum(self.sizes) < self.batch else []
+        return torch.cat(parts + rest).index_select(0, self.back)
 
 
 def inverse_norm(x: Tensor) -> Tensor:
@@ -71,7 +100,7 @@ def inverse_norm(x: Tensor) -> Tensor:
 
 def _score(
     groups: Sequence[Group],
-    indices: Sequence[Tensor | None],
+    order: _Order,
     labels: Tensor | None,
     norms: Sequence[Tensor],
     rows: Sequence[Tensor],
@@ -79,20 +108,24 @@ def _score(
     saved: list[Tensor] | None,
 ) -> Tensor:
     """The logits; what the backward pass needs of them is appended to `saved`."""
-    units = [x * inverse_norm(x)[:, None] for x in rows]
-    out = rows[0].new_zeros(len(rows[0]), prototypes[0].shape[1])
-    for group, index in zip(groups, indices, strict=True):
+    if not groups:
+        return rows[0].new_zeros(order.batch, prototypes[0].shape[1])
+    units = [order.split(x * inverse_norm(x)[:, None]) for x in rows]
+    blocks = [(p.unbind(), norm.unbind()) for p, norm in zip(prototypes, norms, strict=True)]
+    logits = []
+    for i, group in enumerate(groups):
         parts = []
         for m, v in group.parts:
-            part = F.linear(_take(units[m], index), prototypes[m][v])
-            parts.append(part.mul_(norms[m][v] * (group.scale / len(group.parts))))
-        logits = reduce(torch.add, parts)
+            w, norm = blocks[m][0][v], blocks[m][1][v]
+            # A product with a factor, to which nothing is added: `norm` is not read here.
+            part = torch.addmm(norm, units[m][i], w.T, beta=0, alpha=group.scale / len(group.parts))
+            parts.append(part.mul_(norm))
+        logits.append(reduce(torch.add, parts))
         if saved is not None:
             saved += parts
-        if index is not None:
-            out.index_copy_(0, index, logits)
-        else:
-            out = logits.clone() if logits is parts[0] else logits  # What is saved must stay as it is.
+            if order.back is None and len(parts) == 1:
+                logits[i] = logits[i].clone()  # What is saved must stay as it is.
+    out = order.join(logits, logits[0])
     if labels is not None:
         scale, margin = _per_row(groups, out)
         if labels.is_floating_point():
@@ -100,8 +133,9 @@ def _score(
             out = scale * add_angular_margin(cosine, labels, margin[:, 0])
         else:
             target = labels.clamp(min=0)[:, None]
-            cosine = out.gather(1, target) / scale
-            out.scatter_(1, target, scale * torch.where(labels[:, None] >= 0, phi(cosine, margin), cosine))
+            z = out.gather(1, target)
+            cosine = z / scale
+            out.scatter_(1, target, torch.where(labels[:, None] >= 0, scale * phi(cosine, margin), z))
         if saved is not None:
             saved.append(cosine)
     return out
@@ -112,15 +146,15 @@ class _GroupedLogits(torch.autograd.Function):
     def forward(
         ctx: Any,
         groups: Sequence[Group],
-        indices: Sequence[Tensor | None],
+        order: _Order,
         labels: Tensor | None,
         norms: Sequence[Tensor],
         *tensors: Tensor,
     ) -> Tensor:
         saved: list[Tensor] = []
         half = len(tensors) // 2
-        out = _score(groups, indices, labels, norms, tensors[:half], tensors[half:], saved)
-        ctx.groups, ctx.indices, ctx.labels, ctx.norms = groups, indices, labels, norms
+        out = _score(groups, order, labels, norms, tensors[:half], tensors[half:], saved)
+        ctx.groups, ctx.order, ctx.labels, ctx.norms = groups, order, labels, norms
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *saved)
         return out
@@ -134,37 +168,47 @@ class _GroupedLogits(torch.autograd.Function):
         tensors, saved = ctx.saved_tensors[: len(needed)], list(ctx.saved_tensors[len(needed) :])
         if torch.is_grad_enabled():  # A gradient of the gradient is wanted: autograd's own, of the plain formula.
             return *none, *_differentiable(ctx.groups, ctx.labels, tensors, needed, grad)
+        if not ctx.groups:
+            return *none, *[torch.zeros_like(x) if k else None for x, k in zip(tensors, needed, strict=True)]
         if ctx.labels is not None:
             grad = _before_margin(grad, saved.pop(), ctx.labels, _per_row(ctx.groups, grad)[1])
         half = len(tensors) // 2
         rows, prototypes = tensors[:half], tensors[half:]
-        to_rows = [torch.zeros_like(x) if k else None for x, k in zip(rows, needed[:half], strict=True)]
         # Each block is written below, or zeroed at the end.
         to_prototypes = [torch.empty_like(p) if k else None for p, k in zip(prototypes, needed[half:], strict=True)]
-        inverses = [inverse_norm(x)[:, None] for x in rows]
-        units = [x * inverse for x, inverse in zip(rows, inverses, strict=True)]
+        order: _Order = ctx.order
+        every = [inverse_norm(x)[:, None] for x in rows]
+        units = [order.split(x * inverse) for x, inverse in zip(rows, every, strict=True)]
+        inverses = [order.split(inverse) for inverse in every]
+        steps: list[list[Tensor | None]] = [[None] * len(ctx.groups) for _ in rows]
         written: set[tuple[int, int]] = set()
         parts = iter(saved)
-        for group, index in zip(ctx.groups, ctx.indices, strict=True):
-            g = _take(grad, index)
+        for i, (group, g) in enumerate(zip(ctx.groups, order.split(grad), strict=True)):
             for m, v in group.parts:
-                unit, w, norm = _take(units[m], index), prototypes[m][v], ctx.norms[m][v]
+                unit, w, norm = units[m][i], prototypes[m][v], ctx.norms[m][v]
                 along, per_class = g * next(parts), g * (norm * (group.scale / len(group.parts)))
                 # Each gradient loses its part along the vector, whose length does not count.
-                if (to := to_rows[m]) is not None:
+                if needed[m]:
                     step = (per_class @ w).addcmul_(unit, along.sum(1, keepdim=True), value=-1)
-                    step *= _take(inverses[m], index)
-                    to.copy_(step) if index is None else to.index_copy_(0, index, step)
+                    steps[m][i] = step.mul_(inverses[m][i])
                 if (to := to_prototypes[m]) is not None:
                     # Two groups may share a block, where a case without prototypes falls back.
                     torch.addmm(to[v], per_class.T, unit, beta=float((m, v) in written), out=to[v])
                     to[v].addcmul_(w, (norm.square() * along.sum(0))[:, None], value=-1)
                     written.add((m, v))
+        to_rows = [_joined(order, steps[m], x) if needed[m] else None for m, x in enumerate(rows)]
         for m, to in enumerate(to_prototypes):
             if to is not None:
                 for v in set(range(len(to))) - {block for modality, block in written if modality == m}:
                     to[v].zero_()
         return *none, *to_rows, *to_prototypes
+
+
+def _joined(order: _Order, parts: list[Tensor | None], like: Tensor) -> Tensor:
+    """One tensor of what there is for each group, zeros where that is nothing."""
+    sizes = zip(parts, order.sizes, strict=True)
+    whole = [like.new_zeros(size, like.shape[1]) if part is None else part for part, size in sizes]
+    return order.join(whole, like)
 
 
 def _per_row(groups: Sequence[Group], like: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,10 +229,6 @@ def _before_margin(grad: Tensor, cosine: Tensor, labels: Tensor, margin: Tensor)
     target = labels.clamp(min=0)[:, None]
     slope = torch.where(labels[:, None] >= 0, phi_slope(cosine, margin), 1)
     return grad.scatter(1, target, grad.gather(1, target) * slope)
-
-
-def _take(x: Tensor, index: Tensor | None) -> Tensor:
-    return x if index is None else x.index_select(0, index)
 
 
 def _differentiable(
