@@ -24,9 +24,9 @@ def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B-16", help="a name in open_clip.list_models() (default: ViT-B-16)")
-    parser.add_argument("--batch", type=int, default=32, help="rows (default: 32)")
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.0, 0.5, 0.7, 0.9], help="missing rates")
-    parser.add_argument("--repeats", type=int, default=7, help="how often each is timed (default: 7)")
+    parser.add_argument("--batch", type=int, default=16, help="rows (default: 16)")
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.0, 0.7], help="missing rates (default: 0 0.7)")
+    parser.add_argument("--repeats", type=int, default=5, help="how often each is timed (default: 5)")
     parser.add_argument("--threads", type=int, default=1, help="threads on the CPU (default: 1)")
     arguments = parser.parse_args()
     if arguments.model not in open_clip.list_models():
