@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import reduce
+from functools import partial, reduce
 from itertools import compress
 from typing import Any
 
@@ -15,10 +15,26 @@ from protohead.cases import case_masks, nearest_case
 from protohead.functional import add_angular_margin, case_cosine, normalize, prototype_contrast
 from protohead.grouped import Group, grouped_logits, inverse_norm
 from protohead.inputs import Features, check_count, check_labels, check_present, per_case, read_features
-from protohead.sharding import gather_for_loss, is_sharded, refuse_sharded, shard_like, share_between_ranks
+from protohead.objective import (
+    PROTOTYPE_WEIGHT,
+    SUBCASE_WEIGHT,
+    check_objective,
+    classification_loss,
+    split_modalities,
+)
+from protohead.sharding import (
+    gather_for_loss,
+    is_sharded,
+    refuse_sharded,
+    shard_like,
+    share_between_ranks,
+    sum_between_ranks,
+)
 
 __all__ = ["DecoupledPrototypeHead"]
 
+BEYOND = ("bias", "center", "center_rows")  # What the paper's head has not.
+WINDOW = 10_000  # Rows that the features' mean remembers, so that it follows encoders that are trained.
 SMALL = 2**17  # Of fewer numbers to make the norms costs no more than to recognise them.
 
 
@@ -26,7 +42,8 @@ class DecoupledPrototypeHead(nn.Module):
     """Classify by class prototypes of each modality and missing case (Decoupled Prototype Learning, arXiv 2505.08283).
 
     Takes the place of a model's last fully-connected layer. The logit of class k for a row whose present modalities
-    are the case c is ``scale[c] / |c| * sum(cos(h[m], prototypes[m][c, k]) for m in c)``. Cosines and margins are
+    are the case c is ``scale[c] / |c| * sum(cos(h[m] - center[m], prototypes[m][c, k]) for m in c) + bias[k]``; the
+    paper's has neither center nor bias, which start at zero and are learned by :meth:`loss`. Cosines and margins are
     computed in float32 or wider, whatever the features' dtype and autocast say.
 
     Args:
@@ -39,6 +56,7 @@ class DecoupledPrototypeHead(nn.Module):
         cases: The cases that have prototypes; all 2**M - 1 by default.
         shared_space: Whether the modalities share one embedding space, as CLIP's do. Then the prototype loss also
             contrasts prototypes of different modalities.
+        centered: Whether there are a center and a bias. False is the paper's head.
         device: Of the parameters.
         dtype: Of the parameters.
 
@@ -46,6 +64,8 @@ class DecoupledPrototypeHead(nn.Module):
         modalities: The M names in order.
         cases: The C case names in order: by number of modalities present, descending, then in modality order.
         prototypes: Name of a modality to its (V, K, D_m) Parameter: V blocks, one per case that holds it, in order.
+        bias: (K,) Parameter, or None.
+        center: (ΣD_m,) float64 buffer, the mean of each modality's features in training; or None.
         scale: (C,) float64 buffer; change it in place, as in ``head.scale.fill_(16)``.
         margin: (C,) float64 buffer, radians; change it in place.
         seen: (C,) bool buffer: the cases that training has seen.
@@ -63,6 +83,9 @@ class DecoupledPrototypeHead(nn.Module):
         ('image+text', 'image')
     """
 
+    bias: nn.Parameter | None
+    center: Tensor | None
+    center_rows: Tensor | None
     scale: Tensor
     margin: Tensor
     seen: Tensor
@@ -80,6 +103,7 @@ class DecoupledPrototypeHead(nn.Module):
         margin: float | Mapping[str, float] | None = None,
         cases: tuple[str, ...] | list[str] | None = None,
         shared_space: bool = False,
+        centered: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -89,6 +113,7 @@ class DecoupledPrototypeHead(nn.Module):
         self.in_features = {name: check_count(f"in_features[{name!r}]", width) for name, width in in_features.items()}
         self.modalities = tuple(in_features)
         self.shared_space = shared_space
+        self.centered = centered
         masks = case_masks(self.modalities, cases)
         self.cases = tuple("+".join(compress(self.modalities, mask)) for mask in masks.tolist())
         for name in self.modalities:
@@ -114,6 +139,10 @@ class DecoupledPrototypeHead(nn.Module):
         parameter = next(self.parameters())
         real = "cpu" if parameter.is_meta else parameter.device
         constant = _constant_dtype(parameter.device)
+        zeros = partial(torch.zeros, dtype=constant, device=real)
+        # The features' mean, and of how many rows of each modality it is one.
+        self.register_buffer("center", zeros(sum(self.in_features.values())) if centered else None)
+        self.register_buffer("center_rows", zeros(len(self.modalities)) if centered else None)
         self.register_buffer("scale", torch.tensor(scales, dtype=constant, device=real))
         self.register_buffer("margin", torch.tensor(margins, dtype=constant, device=real))
         self.register_buffer("seen", torch.zeros(len(masks), dtype=torch.bool, device=real))
@@ -125,7 +154,13 @@ class DecoupledPrototypeHead(nn.Module):
 
     # -- what a model calls -------------------------------------------------------------------------------------------
 
-    def forward(self, features: Features, present: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        features: Features,
+        present: Tensor | None = None,
+        labels: Tensor | None = None,
+        objective: Mapping[str, Any] | None = None,
+    ) -> Tensor:
         """Logits; with `labels` the margins are applied, for the loss. Without them: for predictions.
 
         In training mode the cases of the batch are marked as seen. In eval mode a row of a case that training has not
@@ -139,6 +174,8 @@ class DecoupledPrototypeHead(nn.Module):
             present: (B, M) bool, columns in the order of `modalities`. By default a modality is present in a row
                 unless its features there are all zeros.
             labels: (B,) int64, where -100 is ignored; or (B, K) float in [0, 1], multi-hot or soft.
+            objective: Return what :meth:`loss` does with these of its keyword arguments, instead of logits: for DDP and
+                FSDP2, under which all that trains goes through forward.
 
         Returns:
             (B, K) logits, float32 or wider. Zeros, without gradient, for rows with nothing present (or nothing
@@ -152,9 +189,72 @@ class DecoupledPrototypeHead(nn.Module):
         rows, present = read_features(features, present, self.in_features)
         if labels is not None:
             check_labels(labels, present.shape[0], self.num_classes)
-        road = self._grouped if present.device.type == "cpu" and not _is_recording() else self._every_block
         with _full_precision(present.device):
-            return road(rows, present, labels)
+            if objective is not None:
+                options = check_objective(objective, self.num_classes)
+                if labels is None:
+                    raise ValueError("Expected argument `labels` with `objective`, but got none.")
+                return self._objective(rows, present, labels, **options)
+            return self._logits(rows, present, labels)
+
+    def loss(
+        self,
+        features: Features,
+        present: Tensor | None,
+        labels: Tensor,
+        *,
+        prototype_weight: float = PROTOTYPE_WEIGHT,
+        subcase_weight: float = SUBCASE_WEIGHT,
+        class_weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        """The whole training objective of a batch, in one call.
+
+        ``classification + subcase_weight * sub-cases + prototype_weight * prototype_loss()``. The classification loss,
+        with margins, is the cross-entropy of one label, or the binary cross-entropy of several. A row with several
+        modalities is also a sample of its sub-cases: these are split at random in two parts, each of which is
+        classified like a row that has no more. This also trains cases that do not occur.
+
+        In training mode the features' mean is learned too (a running mean over the rows that have the modality, of the
+        last 10 000 or so), unless the head is not `centered`. With ``centered=False`` and ``subcase_weight=0`` this is
+        the paper's objective.
+
+        Args:
+            features: As in :meth:`forward`.
+            present: As in :meth:`forward`.
+            labels: As in :meth:`forward`.
+            prototype_weight: λ; where 0, the prototype loss is not computed.
+            subcase_weight: Of the two parts each; where 0, they are not scored.
+            class_weight: (K,) as in ``F.cross_entropy``, or, for several labels, the weights of
+                ``F.binary_cross_entropy_with_logits``.
+            label_smoothing: As in ``F.cross_entropy``, in [0, 1).
+
+        Returns:
+            A scalar, float32 or wider; 0 where all labels are ignored and λ is 0.
+
+        Raises:
+            ValueError: As :meth:`forward`.
+            TypeError: As :meth:`forward`.
+
+        Warns:
+            UserWarning: In eval mode where gradients are recorded: nothing would count as seen.
+
+        Example:
+            >>> head = DecoupledPrototypeHead({"image": 4, "text": 3}, num_classes=5)
+            >>> features = {"image": torch.randn(2, 4), "text": torch.randn(2, 3)}
+            >>> present = torch.tensor([[True, True], [True, False]])
+            >>> head.loss(features, present, torch.tensor([4, 0])).backward()
+            >>> head.seen_cases
+            ('image+text', 'image', 'text')
+        """
+        objective = {
+            "prototype_weight": prototype_weight,
+            "subcase_weight": subcase_weight,
+            "class_weight": class_weight,
+            "label_smoothing": label_smoothing,
+        }
+        total: Tensor = self(features, present, labels, objective)
+        return total
 
     def contributions(self, features: Features, present: Tensor | None = None) -> Tensor:
         """What each modality adds to the logits.
@@ -169,8 +269,12 @@ class DecoupledPrototypeHead(nn.Module):
         rows, present = read_features(features, present, self.in_features)
         case, active = self._route(present)
         with _full_precision(present.device):
-            cosine = torch.stack(self._mean_cosines(rows, case, active), dim=1)
-            return cosine * self.scale[case, None, None].to(cosine.dtype)
+            cosine = torch.stack(self._mean_cosines(self._centered(rows), case, active), dim=1)
+            parts = cosine * self.scale[case, None, None].to(cosine.dtype)
+            if self.bias is None:
+                return parts
+            share = active / active.sum(1, keepdim=True).clamp(min=1)  # Of the bias, which belongs to none.
+            return parts + share[:, :, None].to(parts.dtype) * self.bias.to(parts.dtype)
 
     def prototype_loss(self, temperature: float = 1.0, sample: int | None = None) -> Tensor:
         """The prototype loss (PRC) of the cases seen so far: see :func:`protohead.functional.prototype_contrast`.
@@ -231,6 +335,7 @@ class DecoupledPrototypeHead(nn.Module):
         """
         refuse_sharded(self, "imprint")
         rows, present = read_features(features, present, self.in_features)
+        rows = self._centered(rows)
         check_labels(labels, present.shape[0], self.num_classes)
         for m, x in enumerate(rows):
             if (wrong := present[:, m] & ~x.isfinite().all(1)).any():
@@ -257,7 +362,7 @@ class DecoupledPrototypeHead(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw every (case, modality) block from Xavier's normal distribution and forget which cases were seen."""
+        """Draw every (case, modality) block from Xavier's normal distribution and forget all that training has left."""
         for prototype in self.prototypes.values():
             if not is_sharded(prototype):  # As `to_empty` leaves it, before the first forward.
                 refuse_sharded(self, "reset_parameters")
@@ -265,14 +370,16 @@ class DecoupledPrototypeHead(nn.Module):
             for block in new:
                 nn.init.xavier_normal_(block)
             prototype.copy_(shard_like(new, prototype))
-        self.seen.zero_()
+        for state in (self.bias, self.center, self.center_rows, self.seen):
+            if state is not None:
+                state.zero_()
 
     def reset(self, num_classes: int) -> None:
         """Start anew with another number of classes. The Parameters are new: give them to the optimizer."""
         refuse_sharded(self, "reset")
         parameter = next(self.parameters())
         self._new_prototypes(num_classes, parameter.device, parameter.dtype)
-        self.prototypes.requires_grad_(parameter.requires_grad)
+        self.requires_grad_(parameter.requires_grad)
         self.reset_parameters()
 
     def extra_repr(self) -> str:
@@ -280,7 +387,7 @@ class DecoupledPrototypeHead(nn.Module):
         by_case = [dict(zip(self.cases, values.tolist(), strict=True)) for values in (self.scale, self.margin)]
         return (
             f"{self.in_features}, num_classes={self.num_classes}, scale={by_case[0]}, margin={by_case[1]}, "
-            f"cases={self.cases}, shared_space={self.shared_space}"
+            f"cases={self.cases}, shared_space={self.shared_space}, centered={self.centered}"
         )
 
     def __repr__(self) -> str:  # noqa: D105
@@ -301,6 +408,10 @@ class DecoupledPrototypeHead(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         if (state := state_dict.get(f"{prefix}_extra_state")) is not None:
             self.set_extra_state(state)  # Before anything is copied.
+        if self.bias is not None and not any(f"{prefix}{name}" in state_dict for name in BEYOND):
+            # A head of the paper's, or one before there was a center, is the same with zeros.
+            for name in BEYOND:
+                state_dict[f"{prefix}{name}"] = torch.zeros_like(getattr(self, name))  # type: ignore[index]
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DecoupledPrototypeHead":
@@ -324,6 +435,8 @@ class DecoupledPrototypeHead(nn.Module):
         for name, width in self.in_features.items():
             shape = sum(name in case.split("+") for case in self.cases), self.num_classes, width
             self.prototypes[name] = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        bias = nn.Parameter(torch.empty(self.num_classes, device=device, dtype=dtype)) if self.centered else None
+        self.register_parameter("bias", bias)
 
     def _seen_or_all(self) -> Tensor:
         return self.seen | ~self.seen.any()
@@ -334,8 +447,75 @@ class DecoupledPrototypeHead(nn.Module):
         case = case.clamp(max=len(self.cases) - 1)
         return case, present & self._masks[case]
 
-    def _every_block(self, rows: list[Tensor], present: Tensor, labels: Tensor | None) -> Tensor:
-        """The logits without a look at values: all blocks are multiplied, and each row takes its own."""
+    def _logits(self, rows: list[Tensor], present: Tensor, labels: Tensor | None) -> Tensor:
+        road = self._grouped if _reads_values(present) else self._every_block
+        logits, scored = road(self._centered(rows), present, labels)
+        if self.bias is None:
+            return logits
+        bias = self.bias.to(logits.dtype)
+        return logits + (bias if scored is None else torch.where(scored[:, None], bias, 0))
+
+    def _objective(
+        self,
+        rows: list[Tensor],
+        present: Tensor,
+        labels: Tensor,
+        prototype_weight: float,
+        subcase_weight: float,
+        class_weight: Tensor | None,
+        label_smoothing: float,
+    ) -> Tensor:
+        """What :meth:`loss` returns."""
+        if self.training:
+            self._learn_center(rows, present)
+        elif torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            warnings.warn("Expected training mode: in eval mode no case is marked as seen; call train().", stacklevel=4)
+        batch = present.shape[0]
+        index = torch.arange(batch, device=present.device)
+        if subcase_weight and len(self.modalities) > 1:
+            parts = split_modalities(present)
+            # On the CPU the rows that have parts; elsewhere all, as to count them would wait for the device.
+            some = parts[0].any(1).nonzero()[:, 0] if _reads_values(present) else index
+            index = torch.cat([index, some, some])
+            rows, labels = [x[index] for x in rows], labels[index]
+            present = torch.cat([present, *(part[some] for part in parts)])
+        losses, weights = classification_loss(
+            self._logits(rows, present, labels), labels, class_weight, label_smoothing
+        )
+        in_parts = torch.where(present[batch:].any(1), losses[batch:], 0).sum()
+        count = weights[:batch].sum()
+        total = (losses[:batch].sum() + subcase_weight * in_parts) / torch.where(count > 0, count, 1)
+        return total + prototype_weight * self.prototype_loss() if prototype_weight else total
+
+    @torch.no_grad()
+    def _learn_center(self, rows: list[Tensor], present: Tensor) -> None:
+        """Update the mean of each modality's features, over the rows that have it on any rank."""
+        if self.center is None or self.center_rows is None:
+            return
+        total, count = [], []
+        for m, x in enumerate(rows):
+            # One row that has overflowed must not spoil all later ones.
+            here = present[:, m] & x.isfinite().all(1)
+            total.append(torch.where(here[:, None], x, 0).sum(0, dtype=self.center.dtype))
+            count.append(here.sum().to(self.center.dtype))
+        sums = sum_between_ranks(torch.cat([*total, torch.stack(count)]), self)
+        widths = torch.tensor(list(self.in_features.values()), device=sums.device)
+        new, count_of_all = sums[: -len(rows)], sums[-len(rows) :]
+        self.center_rows.copy_(torch.maximum((self.center_rows + count_of_all).clamp(max=WINDOW), count_of_all))
+        each, every = (x.repeat_interleave(widths, output_size=len(new)) for x in (count_of_all, self.center_rows))
+        self.center += (new - each * self.center) / every.clamp(min=1)
+
+    def _centered(self, rows: list[Tensor]) -> list[Tensor]:
+        if self.center is None:
+            return rows
+        centers = self.center.split(list(self.in_features.values()))
+        return [x - center.to(_wide(x)) for x, center in zip(rows, centers, strict=True)]
+
+    def _every_block(self, rows: list[Tensor], present: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The logits without a look at values: all blocks are multiplied, and each row takes its own.
+
+        Also which rows something scores; None is all.
+        """
         case, active = self._route(present)
         if self.training:
             self._mark_seen(case, active)
@@ -344,12 +524,18 @@ class DecoupledPrototypeHead(nn.Module):
             # Without a margin φ is the identity: a row that nothing scores keeps its zeros.
             margin = torch.where(active.any(1), self.margin[case], 0)
             cosine = add_angular_margin(cosine, labels, margin.to(cosine.dtype))
-        return cosine * self.scale[case, None].to(cosine.dtype)
+        return cosine * self.scale[case, None].to(cosine.dtype), active.any(1)
 
-    def _grouped(self, rows: list[Tensor], present: Tensor, labels: Tensor | None) -> Tensor:
+    def _grouped(self, rows: list[Tensor], present: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The same on the CPU."""
         rows, prototypes = self._widened(rows)
-        return grouped_logits(rows, prototypes, self._groups(present), labels, self._norms(prototypes))
+        groups = self._groups(present)
+        logits = grouped_logits(rows, prototypes, groups, labels, self._norms(prototypes))
+        if sum(len(group.rows) for group in groups) == len(present):
+            return logits, None
+        scored = torch.zeros(len(present), dtype=torch.bool)
+        scored[[row for group in groups for row in group.rows]] = True
+        return logits, scored
 
     def _norms(self, prototypes: list[Tensor]) -> list[Tensor]:
         """The prototypes' inverse norms; in inference, remembered until the prototypes change."""
@@ -424,10 +610,11 @@ def _wide(*tensors: Tensor) -> torch.dtype:
     return reduce(torch.promote_types, {tensor.dtype for tensor in tensors}, torch.float32)
 
 
-def _is_recording() -> bool:
-    """Whether a graph is recorded, which would keep what this batch's mask says, or a transform of torch.func runs."""
+def _reads_values(present: Tensor) -> bool:
+    """Whether the mask can be read: on the CPU, where no graph is recorded (which would keep it) or transformed."""
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
-    return tracing or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    recording = tracing or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return present.device.type == "cpu" and not recording
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager[Any]:

@@ -10,7 +10,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["gather", "gather_for_loss", "is_sharded", "refuse_sharded", "shard_like", "share_between_ranks"]
+__all__ = [
+    "gather",
+    "gather_for_loss",
+    "is_sharded",
+    "refuse_sharded",
+    "shard_like",
+    "share_between_ranks",
+    "sum_between_ranks",
+]
 
 
 def share_between_ranks(marks: Tensor, module: nn.Module) -> None:
@@ -19,11 +27,19 @@ def share_between_ranks(marks: Tensor, module: nn.Module) -> None:
     DDP copies the buffers of rank 0 to the others, so what only another rank has seen must reach rank 0. FSDP2 leaves
     each rank its own, but the prototype loss must be that of the same cases everywhere.
     """
+    marks.copy_(_all_reduce(marks.byte(), dist.ReduceOp.MAX, module))
+
+
+def sum_between_ranks(x: Tensor, module: nn.Module) -> Tensor:
+    """In a forward pass of DDP or FSDP2, the sum over the ranks, all of which must call it."""
+    return _all_reduce(x, dist.ReduceOp.SUM, module)
+
+
+def _all_reduce(x: Tensor, op: Any, module: nn.Module) -> Tensor:
     ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
     if ddp is not None or _is_managed(module):
-        any_rank = marks.byte()
-        dist.all_reduce(any_rank, dist.ReduceOp.MAX, group=None if ddp is None else ddp.process_group)
-        marks.copy_(any_rank)
+        dist.all_reduce(x, op, group=None if ddp is None else ddp.process_group)
+    return x
 
 
 def _is_managed(module: nn.Module) -> bool:

@@ -175,7 +175,7 @@ def test_both_roads_agree(modalities):
             rows = [x.detach().requires_grad_() for x in features.values()]
             head.zero_grad()
             head.seen.copy_(seen)
-            logits = road(rows, present, labels)
+            logits, _ = road(rows, present, labels)
             logits.backward(torch.linspace(-1, 1, logits.numel()).view_as(logits))
             results.append([logits.detach(), head.seen.clone()] + [x.grad for x in [*rows, *head.prototypes.values()]])
         for a, b in zip(*results, strict=True):

@@ -32,14 +32,9 @@ def same(a, b):
 
 
 def test_state_dict_keys():
-    assert sorted(trained_head().state_dict()) == [
-        "_extra_state",
-        "margin",
-        "prototypes.image",
-        "prototypes.text",
-        "scale",
-        "seen",
-    ]
+    paper = ["_extra_state", "margin", "prototypes.image", "prototypes.text", "scale", "seen"]
+    assert sorted(DecoupledPrototypeHead(WIDTHS, 4, centered=False).state_dict()) == paper
+    assert sorted(trained_head().state_dict()) == sorted([*paper, "bias", "center", "center_rows"])
 
 
 def test_strict_state_dict_round_trip(tmp_path):
@@ -146,7 +141,8 @@ def test_reset_keeps_a_frozen_head_frozen():
 def test_buffers_of_children_stay_with_them():
     head = trained_head()
     head.prototypes.register_buffer("mask", torch.ones(2))
-    assert set(dict(head.double().named_buffers(recurse=False))) == {"scale", "margin", "seen", "_masks", "_block"}
+    own = {"scale", "margin", "center", "center_rows", "seen", "_masks", "_block"}
+    assert set(dict(head.double().named_buffers(recurse=False))) == own
 
 
 def test_works_beside_another_default_device():
@@ -168,7 +164,7 @@ def test_reset():
     head.reset(7)
     assert head.num_classes == 7
     assert head.seen_cases == ()
-    assert {tuple(p.shape) for p in head.parameters()} == {(2, 7, 5), (2, 7, 3)}
+    assert {tuple(p.shape) for p in head.parameters()} == {(2, 7, 5), (2, 7, 3), (7,)}
     assert {p.dtype for p in head.parameters()} == {torch.float64}
     assert head(torch.randn(2, 8)).shape == (2, 7)
     assert "num_classes=7" in repr(head)

@@ -1,0 +1,92 @@
+"""The training objective of :meth:`DecoupledPrototypeHead.loss`, without state."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["PROTOTYPE_WEIGHT", "SUBCASE_WEIGHT", "check_objective", "classification_loss", "split_modalities"]
+
+PROTOTYPE_WEIGHT = 0.9  # λ of the published MM-IMDb settings.
+SUBCASE_WEIGHT = 0.5
+
+
+def check_objective(objective: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
+    """All four options of the objective, from those that are given."""
+    defaults = {
+        "prototype_weight": PROTOTYPE_WEIGHT,
+        "subcase_weight": SUBCASE_WEIGHT,
+        "class_weight": None,
+        "label_smoothing": 0.0,
+    }
+    if not isinstance(objective, Mapping) or set(objective) - set(defaults):
+        raise ValueError(f"Expected argument `objective` to map some of {tuple(defaults)}, but got {objective!r}.")
+    options: dict[str, Any] = defaults | dict(objective)
+    for name, limit in (("prototype_weight", math.inf), ("subcase_weight", math.inf), ("label_smoothing", 1)):
+        value = options[name]
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < limit:
+            raise ValueError(f"Expected argument `{name}` to be a number in [0, {limit}), but got {value!r}.")
+    weight = options["class_weight"]
+    right = isinstance(weight, Tensor) and weight.is_floating_point() and weight.shape == (num_classes,)
+    if weight is not None and not right:
+        got = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else repr(weight)
+        wanted = f"a floating-point ({num_classes},) tensor"
+        raise ValueError(f"Expected argument `class_weight` to be {wanted}, but got {got}.")
+    return options
+
+
+def split_modalities(present: Tensor) -> tuple[Tensor, Tensor]:
+    """Split what each row has in two parts at random, neither of them empty: two sub-cases of its missing case.
+
+    For two modalities these are always the two. Works on any device without waiting for it.
+
+    Args:
+        present: (B, M) bool.
+
+    Returns:
+        Two (B, M) bool masks. Rows with fewer than two modalities have nothing in either.
+
+    Example:
+        >>> first, second = split_modalities(torch.tensor([[True, True, False], [False, True, False]]))
+        >>> (first | second).tolist(), (first & second).any().item()
+        ([[True, True, False], [False, False, False]], False)
+    """
+    random = torch.where(present, torch.rand(present.shape, device=present.device), 2.0)
+    order, count = random.argsort(1).argsort(1), present.sum(1, keepdim=True)
+    size = 1 + (torch.rand(len(present), 1, device=present.device) * (count - 1)).long()  # from 1 to count - 1
+    first = present & (order < size) & (count > 1)
+    return first, present & ~first & (count > 1)
+
+
+def classification_loss(
+    logits: Tensor, labels: Tensor, class_weight: Tensor | None = None, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of one label, or binary cross-entropy of several, of each row, and the rows' weights.
+
+    Args:
+        logits: (B, K).
+        labels: (B,) int64, where -100 is ignored; or (B, K) float in [0, 1].
+        class_weight: (K,), of the classes (of both answers to each label, where there are several).
+        label_smoothing: ε, the share of a label that is spread over all classes, or over both answers.
+
+    Returns:
+        Two (B,) tensors: the losses times the weights, and the weights, by whose sum the mean divides.
+
+    Example:
+        >>> losses, weights = classification_loss(torch.zeros(2, 4), torch.tensor([1, -100]))
+        >>> losses.sum() / weights.sum()  # log 4
+        tensor(1.3863)
+    """
+    if class_weight is not None:
+        class_weight = class_weight.to(logits)
+    if labels.is_floating_point():
+        smooth = labels.to(logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
+        losses = F.binary_cross_entropy_with_logits(logits, smooth, class_weight, reduction="none").mean(1)
+        return losses, torch.ones_like(losses)
+    losses = F.cross_entropy(logits, labels, class_weight, reduction="none", label_smoothing=label_smoothing)
+    known = labels >= 0
+    weights = torch.ones_like(losses) if class_weight is None else class_weight[labels.clamp(min=0)]
+    return losses, torch.where(known, weights, 0)
