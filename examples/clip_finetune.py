@@ -7,7 +7,9 @@
 The rows are a CSV or JSONL of the columns image (a path, relative to the file), text, label and, optionally, split
 (train, val, test), or a folder of class folders: see rows.py, which reads them. What is empty, null or absent is
 missing. Several labels are a list in JSONL, and a|b in CSV. Without splits 70 % of the rows train, 15 % validate and
-15 % test.
+15 % test. Folders of MM-IMDb, UPMC Food-101 and Hateful Memes are read as their owners distribute them:
+
+    python examples/clip_finetune.py --data FOLDER --dataset mmimdb --missing-rate 0.7 --preset DPL_DCP --output run
 
 By default CLIP is frozen: its features are computed once, and only the head is trained on them. With --trainable, what
 that names is trained too. The epoch is chosen by validation; the scores by missing case are those of the test rows.
@@ -25,7 +27,8 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
-from rows import InputError, Rows, present_of, read, split_rows
+from presets import VARIANTS, published
+from rows import MODALITIES, READERS, InputError, Rows, missing_of, present_of, read, split_rows
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, TensorDataset
 from torchmetrics.functional.classification import (
@@ -144,8 +147,12 @@ def table(outputs: tuple[Tensor, Tensor, Tensor], cases: Sequence[str], threshol
 
 def train(arguments: argparse.Namespace) -> None:
     """Train on --data; write the model, its settings and the test scores to --output."""
-    rows, several = read(arguments.data)
+    rows, several = read(arguments.data, True, arguments.dataset, arguments.allow_gaps)
     splits = split_rows(rows, arguments.seed)
+    gone = missing_of(splits, arguments.missing, arguments.missing_rate, arguments.seed, arguments.missing_table)
+    if gone:
+        print(gone.describe())
+        gone.save(arguments.output / "missing.jsonl")
     classes = sorted({label for row in splits["train"] for label in row.labels})
     if len(classes) < 2:
         raise InputError(f"Expected two classes or more in the training split, but got {classes}.")
@@ -167,7 +174,7 @@ def train(arguments: argparse.Namespace) -> None:
         if several:
             for target, i in zip(targets, index, strict=True):
                 target[i] = 1
-        present = present_of(part, arguments.missing_rate, arguments.seed)
+        present = gone.select([row.id for row in part]) if gone else present_of(part)
         prepare = augment if split == "train" and arguments.trainable else transform
         data[split] = Rows(part, present, targets, prepare, tokenizer)
         if not arguments.trainable:
@@ -224,7 +231,7 @@ def use(arguments: argparse.Namespace) -> None:
         settings = json.loads((arguments.output / "settings.json").read_text("utf-8"))
     except OSError as error:
         raise InputError(f"Expected --output to be the folder of a trained model, but got {error}.") from None
-    rows, _ = read(arguments.predict, labelled=False)
+    rows, _ = read(arguments.predict, False, arguments.dataset, arguments.allow_gaps)
     if not rows:
         raise InputError(f"Expected rows in {arguments.predict}, but got none.")
     model, _, transform, tokenizer = build(settings)
@@ -262,7 +269,24 @@ def main() -> None:
     option(
         "--trainable", nargs="+", default=[], metavar="PATTERN", help="what of CLIP trains, as 'visual.proj' '*ln_*'"
     )
-    option("--missing-rate", type=float, default=0.0, help="share of rows to take image or text from (default: 0)")
+    option("--dataset", choices=list(READERS), help="what the folder is, if it is one that datasets/ has a reader of")
+    option("--allow-gaps", action="store_true", help="picture files that are absent, and empty texts, are missing")
+    option("--missing-rate", type=float, default=0.0, help="share of the rows to take image or text from (default: 0)")
+    option("--missing", choices=[*MODALITIES, "both"], help="what is taken; both: half each (default: both)")
+    option(
+        "--missing-table",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="what is missing instead: a .jsonl of protohead.simulate by ids, or MAP's .pt of train, val and test",
+    )
+    option(
+        "--preset",
+        choices=VARIANTS,
+        help="DPL's published λ, margins, scale, lr, batch size and epochs for --dataset, --missing, --missing-rate, "
+        "but for options that are given. λ is what ran: 0 where DPL's code multiplies the prototype loss by zero",
+    )
     # On frozen features an epoch takes a second, and validation picks one of them; fine-tuning wants 3 to 10.
     option("--epochs", type=int, default=20, help="(default: 20)")
     option("--batch-size", type=int, default=64, help="(default: 64)")
@@ -278,7 +302,20 @@ def main() -> None:
     option("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that load pictures")
     option("--seed", type=int, default=0, help="of the splits, what goes missing, and the training (default: 0)")
     option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
+    arguments, notes = parser.parse_args(), ""
+    if arguments.missing and not arguments.missing_rate and not arguments.missing_table:
+        parser.error("Expected --missing-rate or --missing-table with --missing.")
+    arguments.missing = arguments.missing or "both"
+    if arguments.preset:
+        if not arguments.dataset:
+            parser.error("Expected --dataset with --preset.")
+        wanted = (arguments.preset, arguments.dataset, arguments.missing, arguments.missing_rate)
+        try:
+            settings, notes = published(*wanted)
+        except InputError as error:
+            parser.error(str(error))
+        parser.set_defaults(**settings, missing="both")
+        arguments = parser.parse_args()  # What is given goes before.
     for name, low in (("epochs", 1), ("batch_size", 1), ("workers", 0), ("weight", 0), ("lr", 0)):
         if not low <= getattr(arguments, name) < float("inf"):
             got = getattr(arguments, name)
@@ -292,6 +329,9 @@ def main() -> None:
             if (arguments.output / "model.safetensors").exists():
                 raise InputError(f"Expected --output to be a new folder, but {arguments.output} has a model.")
             arguments.output.mkdir(parents=True, exist_ok=True)
+            if arguments.preset:
+                used = ", ".join(f"{name} {getattr(arguments, name)}" for name in settings)
+                print(f"{arguments.preset}: {used}. {notes}".rstrip())
             train(arguments)
     except InputError as error:
         # A loader's worker process hands an error on with its traceback as the message, of which this is the end.

@@ -8,6 +8,8 @@ The data are drawn on the spot by shapes.py; put your own rows in their place, i
 """
 
 import argparse
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,10 @@ from shapes import CLASSES, Row, draw
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
 from protohead import PrototypeClassifier, attach
+
+if (spec := find_spec("datasets")) and spec.origin is None:
+    # That is the folder beside this file, but Trainer would take it for Hugging Face's package.
+    sys.modules["datasets"] = None  # type: ignore[assignment]
 
 
 def small_clip() -> tuple[Any, Any, Any]:

@@ -1,15 +1,20 @@
 """Rows of pictures and texts from a CSV, a JSONL or a folder: what clip_finetune.py reads.
 
-A table has the columns image (a path, relative to the file), text, label and, optionally, split (train, val, test).
+A table has the columns image (a path, relative to the file), text, label and, optionally, split (train, val, test) and
+id, by which a table of what is missing calls the row (without the column: its number from 0; in a folder: its path).
 What is empty, null, absent or, in a CSV, as pandas writes it (nan, null, none, n/a) is missing. Several labels are a
 list in JSONL, and a|b in CSV. A folder has class folders, or train, val and test folders of these, with pictures. The
 .txt of the same stem beside a picture is its text; a .txt without a picture is a row that has no picture.
+
+`datasets/` has readers for data sets in the layout of their owners: a program NAME.py there with a function `records`.
 """
 
 import csv
 import json
 import random
+import runpy
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +23,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from protohead.simulate import MissingTable, load_map_table, missing_table
+
+# Programs that are run by path, and no package: that would hide Hugging Face's `datasets`.
+READERS = {path.stem: path for path in sorted((Path(__file__).parent / "datasets").glob("*.py"))}
+MODALITIES = ("image", "text")
 SPLITS = ("train", "val", "test")
 MISSING = {"nan", "null", "none", "n/a"}
 
@@ -34,6 +44,16 @@ class Row(NamedTuple):
     text: str | None
     labels: list[str]
     split: str | None
+    id: str = ""
+
+
+@contextmanager
+def reading(what: Path | str) -> Iterator[None]:
+    """Name what cannot be read."""
+    try:
+        yield
+    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+        raise InputError(f"Expected {what} to be readable, but got: {error}.") from None
 
 
 def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -48,9 +68,11 @@ def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             text = texts.get(file.with_suffix(""))
             fields: dict[str, Any] = dict(zip(("label", "split"), file.relative_to(path).parts[-2::-1], strict=False))
             fields["image"] = None if file == text else str(file.relative_to(path))
-            yield str(file), fields | {"text": text.read_text("utf-8") if text else None}
+            with reading(text or file):
+                fields["text"] = text.read_text("utf-8") if text else None
+            yield str(file), {**fields, "id": file.relative_to(path).as_posix()}
     elif path.suffix.lower() == ".csv":
-        with open(path, newline="", encoding="utf-8-sig") as lines:
+        with reading(path), open(path, newline="", encoding="utf-8-sig") as lines:
             table = csv.DictReader(lines)
             for fields in table:
                 if None in fields or None in fields.values():
@@ -63,10 +85,11 @@ def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     fields["label"] = [part.strip() for part in label.split("|") if part.strip()]
                 yield f"{path} line {table.line_num}", fields
     elif path.suffix.lower() == ".jsonl":
-        with open(path, encoding="utf-8") as lines:
+        with reading(path), open(path, encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    fields = json.loads(line)
+                    with reading(f"{path} line {number}"):
+                        fields = json.loads(line)
                     if not isinstance(fields, dict):
                         raise InputError(f"Expected a JSON object a line, but {path} line {number} is another thing.")
                     yield f"{path} line {number}", fields
@@ -74,39 +97,56 @@ def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise InputError(f"Expected a folder, a .csv or a .jsonl that exists, but got {path}.")
 
 
-def read(path: Path, labelled: bool = True) -> tuple[list[Row], bool]:
-    """The rows of a table or folder, and whether they have several labels.
+def read(
+    path: Path, labelled: bool = True, dataset: str | None = None, allow_gaps: bool = False
+) -> tuple[list[Row], bool]:
+    """The rows of a table, a folder or, with its name, a data set, and whether they have several labels.
+
+    Args:
+        path: The file or folder.
+        labelled: Whether labels are wanted.
+        dataset: Name of one of the READERS.
+        allow_gaps: Whether a picture file that is not there and, in a data set, an empty text are missing. A data set
+            has neither by design, so that one is an error by default.
 
     Raises:
         InputError: If anything is not as said above, with the row.
     """
     base = path if path.is_dir() else path.parent
-    rows, several = [], False
-    try:
-        for where, fields in records(path):
-            if not {"image", "text"} & set(fields):
-                raise InputError(f"Expected a column image or text, but {where} has {list(fields)}.")
-            for name in ("image", "text", "split"):
-                if not isinstance(fields.get(name), str | None):
-                    raise InputError(f"Expected {name} to be a text or null, but {where} has {fields[name]!r}.")
-            image, text, split = ((fields.get(name) or "").strip() or None for name in ("image", "text", "split"))
-            if image is not None and not (base / image).is_file():
-                raise InputError(f"Expected a picture that exists, but {where} has {base / image}.")
-            label = fields.get("label") if labelled else []
-            several |= isinstance(label, list)
-            labels = label if isinstance(label, list) else [label]
-            if path.is_dir() and label is None:
-                raise InputError(f"Expected pictures and texts in class folders, but {where} is in none.")
-            if not all(isinstance(x, str | int) and str(x).strip() for x in labels):
-                raise InputError(f"Expected a label, or a list of labels, but {where} has {label!r}.")
-            if labelled and split not in (None, *SPLITS):
-                raise InputError(f"Expected the split to be one of {SPLITS}, but {where} has {split!r}.")
-            rows.append(Row(where, base / image if image else None, text, [str(x).strip() for x in labels], split))
-    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
-        raise InputError(f"Expected {path} to be readable, but after {len(rows)} rows: {error}.") from None
+    rows: list[Row] = []
+    several, gaps = False, 0
+    hint = "; --allow-gaps takes it for missing"
+    for where, fields in runpy.run_path(str(READERS[dataset]))["records"](path) if dataset else records(path):
+        if not {"image", "text"} & set(fields):
+            raise InputError(f"Expected a column image or text, but {where} has {list(fields)}.")
+        for name in ("image", "text", "split"):
+            if not isinstance(fields.get(name), str | None):
+                raise InputError(f"Expected {name} to be a text or null, but {where} has {fields[name]!r}.")
+        image, text, split = ((fields.get(name) or "").strip() or None for name in ("image", "text", "split"))
+        if image is not None and not (base / image).is_file():
+            if not allow_gaps:
+                raise InputError(f"Expected a picture that exists, but {where} has {base / image}{hint}.")
+            image, gaps = None, gaps + 1
+        if dataset and text is None:
+            if not allow_gaps:
+                raise InputError(f"Expected a text, but {where} has an empty one{hint}.")
+            gaps += 1
+        label = fields.get("label") if labelled else []
+        several |= isinstance(label, list)
+        labels = label if isinstance(label, list) else [label]
+        if path.is_dir() and not dataset and label is None:
+            raise InputError(f"Expected pictures and texts in class folders, but {where} is in none.")
+        if not all(isinstance(x, str | int) and str(x).strip() for x in labels):
+            raise InputError(f"Expected a label, or a list of labels, but {where} has {label!r}.")
+        if labelled and split not in (None, *SPLITS):
+            raise InputError(f"Expected the split to be one of {SPLITS}, but {where} has {split!r}.")
+        id = str(fields.get("id", len(rows)))
+        rows.append(Row(where, base / image if image else None, text, [str(x).strip() for x in labels], split, id))
     if labelled and {row.split is None for row in rows} == {True, False}:
         where = next(row.where for row in rows if row.split is None)
         raise InputError(f"Expected a split in every row or in none, but {where} has none.")
+    if gaps:
+        print(f"Taken for missing: {gaps} pictures or texts of {len(rows)} rows, which are not there or empty.")
     return rows, several
 
 
@@ -159,11 +199,54 @@ class Rows(Dataset[tuple[Tensor, ...]]):
         return image, text, self.present[index], self.targets[index]
 
 
-def present_of(rows: Sequence[Row], missing_rate: float = 0.0, seed: int = 0) -> Tensor:
-    """(N, 2) which of image and text each row has; with a rate, that share of the rows loses one, half of them each."""
-    present = torch.tensor([[row.image is not None, row.text is not None] for row in rows])
-    generator = torch.Generator().manual_seed(seed)
-    for place, index in enumerate(torch.randperm(len(rows), generator=generator)[: round(missing_rate * len(rows))]):
-        if present[index].all():  # A row keeps its only modality.
-            present[index, place % 2] = False
-    return present
+def present_of(rows: Sequence[Row]) -> Tensor:
+    """(N, 2) which of image and text each row has."""
+    return torch.tensor([[row.image is not None, row.text is not None] for row in rows])
+
+
+def missing_of(
+    splits: dict[str, list[Row]], missing: str = "both", rate: float = 0.0, seed: int = 0, files: Sequence[Path] = ()
+) -> MissingTable | None:
+    """Which of image and text the rows are used with: what they have, less what is drawn or what a table says.
+
+    Args:
+        splits: The rows by split.
+        missing: `image`, `text` or, for half of the rows each, `both`.
+        rate: Share of the complete rows of every split that lose one. A row keeps its only modality.
+        seed: Of the draw.
+        files: Instead of it, a .jsonl by id for all rows, or MAP's .pt for each split, in the order of its rows.
+
+    Returns:
+        One table of all the rows; None if nothing is to go missing.
+
+    Raises:
+        InputError: If a file does not fit the rows.
+    """
+    if not rate and not files:
+        return None
+    met: dict[str, Row] = {}
+    for row in (row for part in splits.values() for row in part):
+        if met.setdefault(row.id, row) is not row:
+            raise InputError(f"Expected ids of their own, but {met[row.id].where} and {row.where} have {row.id!r}.")
+    jsonl = [file.suffix.lower() != ".pt" for file in files]
+    if jsonl not in ([], [True], [False] * len(splits)):
+        wanted, got = f"one .jsonl, or a .pt each of {', '.join(splits)}", " ".join(map(str, files))
+        raise InputError(f"Expected --missing-table to be {wanted}, but got {got}.")
+    parts = []
+    try:
+        for place, rows in enumerate(splits.values()):
+            ids, given = [row.id for row in rows], present_of(rows)
+            if not files:  # Another seed for every split: with the same one, val would repeat train's pattern.
+                table = missing_table(ids, MODALITIES, rate, missing, len(splits) * seed + place, given=given)
+            elif jsonl == [True]:
+                table = MissingTable.load(files[0])
+            else:
+                table = load_map_table(files[place], ids, MODALITIES)
+            if set(table.modalities) != set(MODALITIES):
+                raise InputError(f"Expected {files[0]} to be of {MODALITIES}, but got {table.modalities}.")
+            parts.append(table.select(ids)[:, [table.modalities.index(name) for name in MODALITIES]] & given)
+    except KeyError as error:
+        raise InputError(f"{files[0]}: {error.args[0]}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(str(error)) from None
+    return MissingTable(list(met), MODALITIES, torch.cat(parts))

@@ -114,8 +114,8 @@ def test_frozen_features_then_predictions(tmp_path, tiny, data, monkeypatch, cap
     assert [line["rows with"] for line in scores] == ["image+text", "image", "text", "all rows"]
     assert sum(int(line["count"]) for line in scores[:3]) == int(scores[3]["count"]) == 90
     splits = rows_module.split_rows(rows_module.read(data)[0], 0)
-    dropped = rows_module.present_of(splits["test"], 0.1, 0)
-    assert int(scores[0]["count"]) == dropped.all(1).sum() < rows_module.present_of(splits["test"]).all(1).sum()
+    complete = int(rows_module.present_of(splits["test"]).all(1).sum())
+    assert int(scores[0]["count"]) == complete - round(0.1 * complete) < complete
     assert float(scores[3]["accuracy"]) > 2.5 * CHANCE
     assert f"| all rows | 90 | {scores[3]['macro-F1']} | {scores[3]['accuracy']} |" in printed
     model, before = built[0]
@@ -217,12 +217,14 @@ def test_workers_read_the_same(tmp_path, tiny, data, monkeypatch):
 def test_missing_rate_takes_half_of_each():
     path = Path("picture.png")
     rows = [rows_module.Row("", path, "text", [], None)] * 90 + [rows_module.Row("", None, "text", [], None)] * 10
-    present = rows_module.present_of(rows, 1.0)
+    rows = [row._replace(id=str(number)) for number, row in enumerate(rows)]
+    present = rows_module.missing_of({"train": rows}, rate=1.0).present
     assert present.any(1).all()
     assert not present.all(1).any()
-    assert abs(int(present[:90, 0].sum()) - 45) <= 10
-    assert torch.equal(present, rows_module.present_of(rows, 1.0))
+    assert int(present[:90, 0].sum()) == 45
+    assert torch.equal(present, rows_module.missing_of({"train": rows}, rate=1.0).present)
     assert rows_module.present_of(rows)[:90].all()
+    assert rows_module.missing_of({"train": rows}) is None
 
 
 TABLE = "image,text,label,split\n" + "".join(
@@ -258,9 +260,14 @@ NO_SPLIT = "image,text,label\n" + "".join(f",text {i},{i % 2}\n" for i in range(
         ("data.csv", NO_SPLIT.replace(",1\n", ",0\n"), [], "two classes or more in the training split, but got ['0']"),
         ("data.csv", "picture,caption,label\na,b,0\n", [], "line 2 has ['picture', 'caption', 'label']"),
         ("data.csv", "image,text\n,a\n", [], "line 2 has None"),
-        ("data.csv", TABLE.encode("utf-16"), [], "to be readable, but after 0 rows: 'utf-8' codec"),
+        ("data.csv", TABLE.encode("utf-16"), [], "{folder}/data.csv to be readable, but got: 'utf-8'"),
         ("data.jsonl", '{"text": "a", "label": 0}\n{"text": 3, "label": 1}\n', [], "data.jsonl line 2 has 3"),
-        ("data.jsonl", '{"text": "a", "label": 0}\n\n{"text"\n', [], "after 1 rows: Expecting"),
+        (
+            "data.jsonl",
+            '{"text": "a", "label": 0}\n\n{"text"\n',
+            [],
+            "{folder}/data.jsonl line 3 to be readable, but got: Expecting",
+        ),
         ("data.jsonl", '{"text": "a", "label": {"a": 1}}\n', [], "line 1 has {{'a': 1}}"),
         ("data.jsonl", "[1]\n", [], "JSON object a line"),
         ("data.txt", TABLE, [], "a .csv or a .jsonl that exists, but got {folder}/data.txt"),
