@@ -5,10 +5,10 @@
     python benchmarks/accuracy.py --data mine.npz --modalities image,text,audio --output mine
 
 For every missing rate, kind of missing modality, and seed (of the missing tables, the initialisation and the order of
-the rows), each method is trained at the same four learning rates, and its learning rate and epoch are picked by macro-F1 on the
-validation split; all scores are those of the test split. Training, validation and test lack modalities alike, each with
-a table of its own. Models trained at 0 and at 70 % are also tested on the other kinds of table, and those at 70 % of
-everything with masks of which some are wrong.
+the rows), each method is trained at the same four learning rates, and its learning rate and epoch are picked by
+macro-F1 on the validation split; all scores are those of the test split. Training, validation and test lack modalities
+alike, each with a table of its own. Models trained at 0 and at 70 % are also tested on the other kinds of table, and
+those at 70 % of everything with masks of which some are wrong.
 
 It writes a CSV of one line per model, test table and missing case, then RESULTS.md and the figures: see report.py. An
 interrupted run goes on where it was.
@@ -21,18 +21,19 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from features import Data, load
-from methods import METHODS, PREDICTORS
+from methods import ABLATIONS, METHODS, PREDICTORS
 from report import write_report
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_f1_score, multilabel_f1_score
 from tqdm import tqdm
 
+from protohead.cases import case_masks, case_names
 from protohead.metrics import evaluate
 from protohead.simulate import missing_table
 
@@ -47,7 +48,7 @@ METRICS = ("accuracy", "macro_f1", "auroc", "map", "ece", "aurc")
 KEY = ("data", "trained", "train_missing", "train_rate", "seed")
 COLUMNS = (
     *(*KEY, "method", "learning_rate", "epoch", "validation"),
-    *("test_missing", "test_rate", "flipped", "case", "rows", *METRICS),
+    *("test_missing", "test_rate", "flipped", "case", "rows", *METRICS, "reliability"),
 )
 
 
@@ -102,7 +103,7 @@ def rows_of(data: Data, split: str, missing: str, rate: float, seed: int, flippe
 
 def thresholds(logits: Tensor) -> Tensor:
     """Thresholds for several labels that are worth a try: quantiles of the logits."""
-    return logits.flatten().quantile(torch.linspace(0.5, 0.98, 25))
+    return logits.flatten().quantile(torch.linspace(0.5, 0.98, 13))
 
 
 def validate(logits: Tensor, labels: Tensor) -> tuple[float, float]:
@@ -121,9 +122,9 @@ def validate(logits: Tensor, labels: Tensor) -> tuple[float, float]:
 def train(
     method: str, data: Data, training: Rows, validation: Rows, rate: float, seed: int, epochs: int
 ) -> dict[str, tuple[float, float, int, nn.Module]]:
-    """For each way to predict with the method: validation score, threshold, and epoch of the best, and the model then."""
+    """For each way to predict with the method: the best validation score, its threshold and epoch, the model then."""
     torch.manual_seed(seed)
-    model = METHODS[method](data.widths, data.num_classes)
+    model = {**METHODS, **ABLATIONS}[method](data.widths, data.num_classes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     best: dict[str, tuple[float, float, int, nn.Module]] = {}
     for epoch in range(1, epochs + 1):
@@ -146,7 +147,7 @@ def predictors(method: str) -> dict[str, Any]:
     return {method: lambda model, features, present: model(features, present), **PREDICTORS.get(method, {})}
 
 
-@lru_cache(maxsize=2)
+@cache
 def read(path: Path, modalities: tuple[str, ...]) -> Data:
     """The data, once for each process."""
     return load(path, modalities)
@@ -176,9 +177,28 @@ def run(task: Task) -> list[dict[str, Any]]:
                 line = dict(zip(KEY, task.key(data.name), strict=True))
                 line |= {"method": name, "learning_rate": f"{learning_rate:g}", "epoch": str(epoch)}
                 line |= {"validation": f"{score:.4f}", "test_missing": missing, "test_rate": f"{rate:g}"}
-                line |= {"flipped": f"{flipped:g}", "case": row["case"], "rows": row["rows"]}
+                line |= {"flipped": f"{flipped:g}", "case": str(row["case"]), "rows": str(row["rows"])}
+                if task.rate == rate == 0.7 and not flipped:
+                    line["reliability"] = reliability(logits, test, line["case"], list(data.features))
                 lines.append(line | {name: f"{row[name]:.4f}" for name in METRICS if name in row})
     return lines
+
+
+def reliability(logits: Tensor, test: Rows, case: str, modalities: list[str]) -> str:
+    """For ten bins of probability: how many predictions, their mean probability, and how many of them are right."""
+    cases = {name: mask for name, mask in zip(case_names(modalities), case_masks(modalities), strict=True)}
+    if case not in cases:
+        return ""
+    chosen = (test.present == cases[case]).all(1)
+    logits, labels = logits[chosen], test.labels[chosen]
+    if labels.is_floating_point():
+        probability, right = logits.sigmoid().flatten(), labels.flatten()
+    else:
+        probability, said = logits.softmax(1).max(1)
+        right = (said == labels).float()
+    index = (probability * 10).long().clamp(max=9)
+    bins = [torch.zeros(10).index_add(0, index, x) for x in (torch.ones_like(right), probability, right)]
+    return " ".join(f"{int(n)}:{p / n:.3f}:{r / n:.3f}" for n, p, r in zip(*bins, strict=True) if n)
 
 
 def test_tables(task: Task, data: Data) -> Iterator[tuple[str, float, float]]:
@@ -201,22 +221,22 @@ def kinds(data: Data) -> list[str]:
     return [*data.features, "all"]
 
 
-# -- the whole ----------------------------------------------------------------------------------------------------------
+# -- the whole --------------------------------------------------------------------------------------------------------
 
 
 def tasks(path: Path, modalities: tuple[str, ...], quick: bool) -> list[Task]:
     """All that is to be trained on one file."""
     kept: dict[str, Any] = {"learning_rates": LEARNING_RATES, "epochs": EPOCHS}
-    missing, rates, seeds, methods = [*modalities, "all"], RATES, range(5), list(METHODS)
+    missing, rates, seeds, methods = [*modalities, "all"], list(RATES), range(5), list(METHODS)
     if quick:
         kept = {"learning_rates": LEARNING_RATES[1:2], "epochs": 2}
-        missing, rates, seeds, methods = ["all"], (0.7,), range(2), ["linear", "paper", "ours"]
+        missing, rates, seeds, methods = ["all"], [0.7], range(2), ["linear", "paper", "protohead"]
     settings = [("none", 0.0) if not rate else (kind, rate) for rate in rates for kind in missing]
     return [
         Task(path, modalities, kind, rate, seed, method, **kept)
-        for kind, rate in dict.fromkeys(settings)
         for seed in seeds
-        for method in methods
+        for kind, rate in dict.fromkeys(settings)
+        for method in (methods + list(ABLATIONS) if rate == 0.7 and not quick else methods)
     ]
 
 
@@ -241,7 +261,10 @@ def finished(path: Path) -> set[tuple[str, ...]]:
 
 def train_all(todo: list[Task], path: Path, workers: int) -> None:
     """Run the tasks in several processes; what is finished is in the CSV at once."""
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool, open(path, "a", newline="") as file:
+    with (
+        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool,
+        open(path, "a", newline="") as file,
+    ):
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if not file.tell():
             writer.writeheader()
@@ -279,6 +302,7 @@ def main() -> None:
             todo += [task for task in tasks(file, modalities, arguments.quick) if task.key(name) not in known]
     except ValueError as error:
         parser.error(str(error))
+    todo.sort(key=lambda task: task.seed)  # A run that is cut short has all settings, of fewer seeds.
     train_all(todo, path, arguments.workers)
     write_report(path)
 

@@ -29,7 +29,8 @@ class Data(NamedTuple):
 def load(path: Path, modalities: tuple[str, ...] = ("image", "text")) -> Data:
     """Read arrays named like the modalities (N, D), `label` (N,) or (N, K) of 0 and 1, and `split` (N,).
 
-    A modality is missing in a row where `has_<name>` says so, or its features are zeros; rows with nothing are left out.
+    A modality is missing in a row where `has_<name>` says so, or its features are zeros; rows with nothing are left
+    out.
 
     Raises:
         ValueError: If the file holds anything else.

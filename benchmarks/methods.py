@@ -58,13 +58,14 @@ class LinearPerCase(nn.Module):
 
     def __init__(self, widths: Widths, num_classes: int) -> None:
         super().__init__()
+        self.num_classes = num_classes
         self.masks = case_masks(list(widths))
         self.layers = nn.ModuleList(nn.Linear(sum(widths.values()), num_classes) for _ in self.masks)
 
     def forward(self, features: Features, present: Tensor) -> Tensor:
         """(B, K)."""
         rows, case = torch.cat(list(features.values()), dim=1), nearest_case(present, self.masks)
-        logits: Tensor = rows.new_zeros(len(rows), self.layers[0].out_features)  # type: ignore[arg-type]
+        logits = rows.new_zeros(len(rows), self.num_classes)
         for c in case.unique().tolist():
             chosen = (case == c).nonzero()[:, 0]
             logits = logits.index_copy(0, chosen, self.layers[c](rows[chosen]))
@@ -169,7 +170,7 @@ class Ours(nn.Module):
     """The head with its defaults, trained by its `loss`; options of the head, and, as `objective`, of its loss."""
 
     def __init__(
-        self, widths: Widths, num_classes: int, objective: Mapping[str, float] | None = None, **options: Any
+        self, widths: Widths, num_classes: int, objective: Mapping[str, Any] | None = None, **options: Any
     ) -> None:
         super().__init__()
         self.objective = dict(objective or {})
@@ -185,9 +186,9 @@ class Ours(nn.Module):
         return self.head.loss(features, present, labels, **self.objective)
 
 
-def shared(widths: Widths, num_classes: int, **options: Any) -> nn.Module:
-    """One prototype for each modality and class, for all cases."""
-    return Ours(widths, num_classes, cases=case_names(list(widths))[:1], **options)
+def shared(widths: Widths, num_classes: int, scale: float = 20.0, **options: Any) -> nn.Module:
+    """What the README recommends: one prototype for each modality and class, for all cases, and scale 20."""
+    return Ours(widths, num_classes, scale=scale, cases=case_names(list(widths))[:1], **options)
 
 
 def cosine_head(widths: Widths, num_classes: int) -> nn.Module:
@@ -223,10 +224,14 @@ METHODS: dict[str, Callable[[Widths, int], nn.Module]] = {
     "undecomposed": Undecomposed,
     "paper, no prototype loss": partial(Paper, prototype_weight=0.0),
     "paper": Paper,
-    "ours": Ours,
-    "ours, scale 16": partial(Ours, scale=16.0),
-    "ours, shared": shared,
-    "ours, shared, scale 16": partial(shared, scale=16.0),
+    "protohead, decoupled": partial(Ours, scale=20.0),
+    "protohead": shared,
+}
+# Parts of the whole taken away, one at a time.
+ABLATIONS: dict[str, Callable[[Widths, int], nn.Module]] = {
+    "protohead, no sub-cases": partial(shared, objective={"subcase_weight": 0.0}),
+    "protohead, not centered": partial(shared, centered=False),
+    "protohead, scale 32": partial(shared, scale=32.0),
 }
 # Other ways to predict with a method that is trained the same.
 PREDICTORS: dict[str, dict[str, Callable[[nn.Module, Features, Tensor], Tensor]]] = {

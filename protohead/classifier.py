@@ -86,7 +86,13 @@ class PrototypeClassifier(nn.Module):
         self.head = head
         self.train(self.training)
 
-    def forward(self, inputs: Mapping[str, Any], present: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        inputs: Mapping[str, Any],
+        present: Tensor | None = None,
+        labels: Tensor | None = None,
+        objective: Mapping[str, Any] | None = None,
+    ) -> Tensor:
         """Logits; with `labels` the margins are applied, for the loss.
 
         Args:
@@ -98,9 +104,12 @@ class PrototypeClassifier(nn.Module):
                 By default a modality is present in a row unless that is None in a list, or all zeros in a tensor (in
                 all the tensors of a mapping). What stands in a missing row is never encoded.
             labels: As in the head.
+            objective: Return the training loss of the head's :meth:`~protohead.DecoupledPrototypeHead.loss` with these
+                of its keyword arguments, as in ``objective={"prototype_weight": 0.9}`` or ``{}``, instead of logits:
+                under DDP and FSDP2 all that trains goes through forward.
 
         Returns:
-            (B, K) logits, as the head's.
+            (B, K) logits, as the head's; or the loss, a scalar.
 
         Raises:
             ValueError: If names, shapes or batch sizes are not as said; if `present` says that a row has what is not
@@ -108,8 +117,9 @@ class PrototypeClassifier(nn.Module):
             TypeError: If a type is not as said.
         """
         present = check_inputs(inputs, present, self.head.modalities)
-        logits: Tensor = self.head(self._encode(inputs, present), present.to(self._device()), labels)
-        return logits
+        features, present = self._encode(inputs, present), present.to(self._device())
+        result: Tensor = self.head(features, present, labels, objective)
+        return result
 
     def encode(self, inputs: Mapping[str, Any], present: Tensor | None = None) -> dict[str, Tensor]:
         """The features, zeros where a modality is missing: to be cached, and given to the head later.

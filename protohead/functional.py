@@ -149,6 +149,8 @@ def prototype_contrast(
 def _contrast(prototypes: Tensor, seen: Tensor, temperature: float, sample: int | None) -> tuple[Tensor, Tensor]:
     """The sum of the anchors' losses, and the number of anchors that have a positive."""
     blocks, classes, _ = prototypes.shape
+    if blocks == 1:  # No anchor has a positive.
+        return prototypes.sum() * 0, seen.sum() * 0
     # The positives of an anchor are summed before the product: a·(Σp) costs K·V·D, not (K·V)²·D.
     others = torch.where(seen[:, None, None], prototypes, 0).sum(0) - prototypes
     positives = seen.sum() - 1

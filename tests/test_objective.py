@@ -1,0 +1,334 @@
+"""`head.loss`: the whole objective, the features' mean, and the bias."""
+
+import itertools
+import warnings
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+
+from protohead import DecoupledPrototypeHead
+from protohead.objective import classification_loss, split_modalities
+
+WIDTHS = {"image": 5, "text": 3}
+PRESENT = torch.tensor([[1, 1], [1, 0], [0, 1], [1, 1], [0, 0], [0, 1], [1, 1]]).bool()
+HARD = torch.tensor([0, 1, 2, 3, 1, -100, 2])
+SOFT = torch.rand(7, 4, generator=torch.Generator().manual_seed(3))
+
+
+def build(widths=WIDTHS, **options):
+    torch.manual_seed(0)
+    return DecoupledPrototypeHead(widths, 4, dtype=torch.float64, **options)
+
+
+def batch(rows=7, widths=WIDTHS):
+    generator = torch.Generator().manual_seed(1)
+    return {name: torch.randn(rows, d, generator=generator, dtype=torch.float64) + 1 for name, d in widths.items()}
+
+
+def slow_logits(head, features, present, labels):
+    """The README's formula with the center and the bias, one number at a time."""
+    centers = dict(zip(head.modalities, head.center.split(list(head.in_features.values())), strict=True))
+    moved = {name: x - centers[name] for name, x in features.items()}
+    labels = torch.full((len(present),), -100) if labels is None else labels
+    logits = reference.contributions(head, moved, present, labels=labels)
+    return logits + torch.where(present.any(1)[:, None], head.bias, 0)
+
+
+def slow_row_losses(logits, labels):
+    if labels.dim() == 2:
+        return F.binary_cross_entropy_with_logits(logits, labels.double(), reduction="none").mean(1)
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+@pytest.mark.parametrize("labels", [HARD, SOFT], ids=["one label", "several labels"])
+def test_the_whole_is_the_sum_of_its_parts(labels):
+    head, features = build(), batch()
+    with torch.no_grad():
+        head.bias.copy_(torch.linspace(-1, 1, 4))
+    loss = head.loss(features, PRESENT, labels, prototype_weight=0.7, subcase_weight=0.3)
+    whole = slow_row_losses(slow_logits(head, features, PRESENT, labels), labels)
+    expected = whole.sum()
+    both = PRESENT.all(1)
+    for m in range(2):
+        alone = torch.zeros_like(PRESENT)
+        alone[both, m] = True
+        parts = slow_row_losses(slow_logits(head, features, alone, labels), labels)
+        expected = expected + 0.3 * parts[both].sum()
+    expected = expected / (6 if labels is HARD else 7)  # one label is ignored
+    expected = expected + 0.7 * reference.prototype_loss(head, head.cases, 1.0)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+    assert head.seen_cases == head.cases
+
+
+@pytest.mark.parametrize("labels", [HARD, SOFT], ids=["one label", "several labels"])
+def test_the_papers_objective(labels):
+    head, features = build(centered=False), batch()
+    criterion = F.cross_entropy if labels is HARD else F.binary_cross_entropy_with_logits
+    target = labels if labels is HARD else labels.double()
+    expected = criterion(head(features, PRESENT, labels), target) + 0.9 * head.prototype_loss()
+    assert head.bias is None
+    assert head.center is None
+    torch.testing.assert_close(head.loss(features, PRESENT, labels, subcase_weight=0), expected, rtol=1e-12, atol=0)
+    # What has not been trained by `loss` is the paper's head too.
+    torch.testing.assert_close(build()(features, PRESENT, labels), head(features, PRESENT, labels), rtol=1e-12, atol=0)
+
+
+def test_class_weights_and_smoothing_are_torchs():
+    head, features, weight = build(centered=False), batch(), torch.tensor([0.5, 1.0, 2.0, 4.0])
+    options = {"prototype_weight": 0, "subcase_weight": 0, "class_weight": weight}
+    logits = head(features, PRESENT, HARD)
+    expected = F.cross_entropy(logits, HARD, weight.double(), label_smoothing=0.2)
+    torch.testing.assert_close(head.loss(features, PRESENT, HARD, label_smoothing=0.2, **options), expected)
+    logits = head(features, PRESENT, SOFT)
+    expected = F.binary_cross_entropy_with_logits(logits, SOFT.double() * 0.8 + 0.1, weight.double())
+    torch.testing.assert_close(head.loss(features, PRESENT, SOFT, label_smoothing=0.2, **options), expected)
+
+
+def test_class_weights_weigh_subcases_by_the_same_sum():
+    head, features, weight = build(centered=False), batch(), torch.tensor([0.5, 1.0, 2.0, 4.0])
+    options = {"prototype_weight": 0, "class_weight": weight}
+    whole = head.loss(features, PRESENT, HARD, subcase_weight=0, **options)
+    got = head.loss(features, PRESENT, HARD, subcase_weight=0.5, **options)
+    both, known = PRESENT.all(1), HARD >= 0
+    total = sum(
+        F.cross_entropy(
+            head(features, PRESENT & torch.tensor(keep), HARD)[both], HARD[both], weight.double(), reduction="sum"
+        )
+        for keep in ([True, False], [False, True])
+    )
+    torch.testing.assert_close(got, whole + 0.5 * total / weight[HARD[known]].sum())
+
+
+def test_nothing_to_learn_from_is_zero():
+    head = build()
+    loss = head.loss(batch(), PRESENT, torch.full((7,), -100), prototype_weight=0)
+    assert loss == 0
+    loss.backward()
+    assert not any(p.grad.any() for p in head.parameters())
+    empty = head.loss(batch(0), PRESENT[:0], HARD[:0], prototype_weight=0)
+    assert empty == 0
+
+
+def test_one_modality_has_no_subcases():
+    head = build({"image": 5})
+    features, present = {"image": batch()["image"]}, PRESENT[:, :1]
+    options = {"prototype_weight": 0}
+    first = head.loss(features, present, HARD, subcase_weight=0.5, **options)
+    head.center.zero_(), head.center_rows.zero_()
+    torch.testing.assert_close(first, head.loss(features, present, HARD, subcase_weight=0, **options))
+
+
+def test_splits_are_all_equally_likely_within_a_size():
+    torch.manual_seed(0)
+    present = torch.tensor([True, True, False, True]).expand(6000, 4)
+    first, second = split_modalities(present)
+    assert torch.equal(first | second, present)
+    assert not (first & second).any()
+    codes, counts = torch.unique(first.long() @ torch.tensor([8, 4, 2, 1]), return_counts=True)
+    assert codes.tolist() == [1, 4, 5, 8, 9, 12]  # every part, neither empty nor all
+    assert (counts - 1000).abs().max() < 120
+    for row in ([True, False], [False, False]):
+        assert not torch.stack(split_modalities(torch.tensor([row]))).any()
+    both = split_modalities(torch.tensor([[True, True]]))
+    assert sorted(x.tolist() for x in both) == [[[False, True]], [[True, False]]]
+
+
+def test_three_modalities_train_the_parts_that_are_drawn():
+    widths = {"a": 4, "b": 3, "c": 2}
+    head = build(widths, centered=False)
+    features, labels, present = batch(6, widths), torch.arange(6) % 4, torch.ones(6, 3, dtype=torch.bool)
+    present[5] = torch.tensor([True, False, False])
+    torch.manual_seed(5)
+    got = head.loss(features, present, labels, prototype_weight=0, subcase_weight=0.25)
+    torch.manual_seed(5)
+    parts = split_modalities(present)
+    expected = F.cross_entropy(head(features, present, labels), labels)
+    for part in parts:
+        rows = F.cross_entropy(head(features, part, labels), labels, reduction="none")
+        expected = expected + 0.25 * rows[:5].sum() / 6
+    torch.testing.assert_close(got, expected)
+
+
+def test_the_center_is_the_mean_of_what_is_there():
+    head, features = build(), batch()
+    head.loss(features, PRESENT, HARD)
+    means = [features[name][PRESENT[:, m]].mean(0) for m, name in enumerate(WIDTHS)]
+    torch.testing.assert_close(head.center, torch.cat(means))
+    assert head.center_rows.tolist() == PRESENT.sum(0).tolist()
+    more = {name: 3 * x for name, x in features.items()}
+    head.loss(more, PRESENT, HARD)
+    torch.testing.assert_close(head.center, 2 * torch.cat(means))
+    before = head.center.clone()
+    head.eval()
+    with torch.no_grad():
+        head.loss(more, PRESENT, HARD)
+        head.train()(more, PRESENT, HARD)  # Only `loss` learns it.
+    assert torch.equal(head.center, before)
+
+
+def test_the_center_follows_what_changes():
+    head, present = build(), torch.ones(1, 2, dtype=torch.bool)
+    for value in (0.0, 1.0):
+        rows = {name: torch.full((30_000, d), value) for name, d in WIDTHS.items()}
+        head.loss(rows, present.expand(30_000, 2), torch.zeros(30_000, dtype=torch.int64), prototype_weight=0)
+    torch.testing.assert_close(head.center, torch.ones_like(head.center))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_missing_or_has_overflowed_does_not_reach_the_center(value):
+    head, features = build(), batch()
+    clean = {name: torch.where(PRESENT[:, m, None], x, 0) for m, (name, x) in enumerate(features.items())}
+    bad = {name: torch.where(PRESENT[:, m, None], x, value) for m, (name, x) in enumerate(features.items())}
+    expected = head.loss(clean, PRESENT, HARD)
+    center = head.center.clone()
+    other = build()
+    loss = other.loss(bad, PRESENT, HARD)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in other.parameters())
+    assert torch.equal(other.center, center)
+    bad["image"][0] = value
+    other.loss(bad, PRESENT, HARD)
+    assert other.center.isfinite().all()
+
+
+def test_gradients_of_missing_rows_are_zero():
+    head, features = build(), {name: x.requires_grad_() for name, x in batch().items()}
+    head.loss(features, PRESENT, HARD).backward()
+    for m, x in enumerate(features.values()):
+        assert not x.grad[~PRESENT[:, m]].any()
+        assert x.grad[PRESENT[:, m] & (HARD >= 0)].any(1).all()
+
+
+def test_rows_with_nothing_keep_zero_logits():
+    head, features = build(), batch()
+    head.loss(features, PRESENT, HARD)
+    with torch.no_grad():
+        head.bias.fill_(2.0)
+    for mode in (True, False):
+        logits = head.train(mode)(features, PRESENT)
+        assert not logits[4].any()
+        torch.testing.assert_close(logits, slow_logits(head, features, PRESENT, None))
+        torch.testing.assert_close(head.contributions(features, PRESENT).sum(1), logits)
+
+
+def test_both_roads_and_a_compiled_graph_agree():
+    head, features = build(), batch()
+    head.loss(features, PRESENT, HARD)
+    with torch.no_grad():
+        head.bias.copy_(torch.linspace(-1, 1, 4))
+    expected = head.eval()(features, PRESENT)
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(features, PRESENT), expected)
+    head.train()
+    # The center is learned anew by each, from the same rows.
+    losses = []
+    for model in (head, torch.compile(head, fullgraph=True, backend="aot_eager")):
+        head.reset_parameters()
+        torch.manual_seed(2)
+        with torch.no_grad():
+            head.prototypes.image.copy_(torch.randn(2, 4, 5))
+            head.prototypes.text.copy_(torch.randn(2, 4, 3))
+        losses.append(model(features, PRESENT, HARD, {}))
+    torch.testing.assert_close(*losses)
+
+
+def test_half_precision():
+    head = DecoupledPrototypeHead(WIDTHS, 4)
+    features = {name: x.bfloat16() for name, x in batch().items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = head.loss(features, PRESENT, HARD)
+    assert loss.dtype == torch.float32
+    wide = DecoupledPrototypeHead(WIDTHS, 4)
+    wide.prototypes = head.prototypes
+    torch.testing.assert_close(loss, wide.loss({name: x.float() for name, x in features.items()}, PRESENT, HARD))
+
+
+def test_eval_mode_warns_where_something_is_trained():
+    head, features = build().eval(), batch()
+    with pytest.warns(UserWarning, match="call train"):
+        head.loss(features, PRESENT, HARD)
+    assert head.seen_cases == ()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        head.loss(features, PRESENT, HARD)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"prototype_weight": -1}, r"`prototype_weight` to be a number in \[0, inf\), but got -1"),
+        ({"prototype_weight": float("nan")}, "but got nan"),
+        ({"subcase_weight": True}, "but got True"),
+        ({"subcase_weight": "much"}, "but got 'much'"),
+        ({"label_smoothing": 1}, r"in \[0, 1\), but got 1"),
+        ({"class_weight": torch.ones(3)}, r"floating-point \(4,\) tensor, but got torch.float32 \(3,\)"),
+        ({"class_weight": [1.0] * 4}, r"but got \[1.0"),
+        ({"class_weight": torch.ones(4, dtype=torch.int64)}, "int64"),
+    ],
+)
+def test_wrong_options(options, match):
+    head = build()
+    with pytest.raises(ValueError, match=match):
+        head.loss(batch(), PRESENT, HARD, **options)
+    assert head.seen_cases == ()
+    assert not head.center.any()
+
+
+def test_wrong_use_of_the_objective():
+    head = build()
+    with pytest.raises(ValueError, match="`labels` with `objective`"):
+        head(batch(), PRESENT, objective={})
+    with pytest.raises(ValueError, match="'weight': 1"):
+        head(batch(), PRESENT, HARD, {"weight": 1})
+    with pytest.raises(ValueError, match="in row 0"):
+        head.loss(batch(), PRESENT, HARD + 4)
+    assert head.seen_cases == ()
+    assert not head.center.any()
+
+
+def test_checkpoints():
+    head, features = build(), batch()
+    head.loss(features, PRESENT, HARD).backward()
+    with torch.no_grad():
+        head.bias -= head.bias.grad
+    other = build()
+    other.load_state_dict(head.state_dict())
+    torch.testing.assert_close(other.eval()(features, PRESENT), head.eval()(features, PRESENT), rtol=0, atol=0)
+    paper = build(centered=False)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        paper.load_state_dict(head.state_dict())
+    other.load_state_dict(paper.state_dict())  # The paper's head is one with zeros.
+    assert not other.bias.any()
+    assert not other.center.any()
+    torch.testing.assert_close(other.eval()(features, PRESENT), paper.eval()(features, PRESENT))
+
+
+def test_reset_forgets():
+    head = build()
+    head.loss(batch(), PRESENT, HARD)
+    with torch.no_grad():
+        head.bias.fill_(1.0)
+    head.reset_parameters()
+    assert not any(x.any() for x in (head.bias, head.center, head.center_rows, head.seen))
+
+
+def test_one_block_for_all_cases():
+    head, features = build(cases=["image+text"]), batch()
+    assert head.prototype_loss() == 0
+    loss = head.loss(features, PRESENT, HARD)
+    loss.backward()
+    assert head.seen_cases == ("image+text",)
+    for name, mask in (("image", [True, False]), ("text", [False, True])):
+        alone = head.eval()(features, torch.tensor([mask]).expand(7, 2))
+        center = head.center[:5] if name == "image" else head.center[5:]
+        cosine = F.normalize(features[name] - center) @ F.normalize(head.prototypes[name][0]).T
+        torch.testing.assert_close(alone, 32 * cosine + head.bias)
+
+
+def test_the_loss_of_rows():
+    for labels, smoothing in itertools.product((HARD[:3], SOFT[:3]), (0.0, 0.1)):
+        losses, weights = classification_loss(torch.randn(3, 4), labels, None, smoothing)
+        assert losses.shape == weights.shape == (3,)
