@@ -125,9 +125,10 @@ class _GroupedLogits(torch.autograd.Function):
             grads = iter(torch.autograd.grad(logits, wanted, grad, create_graph=True, materialize_grads=True))
             return *none, *[next(grads) if need else None for need in needed]
         cosines, *cosine = ctx.saved_tensors[len(needed) :]
-        if cosine:
-            grad = _before_margin(grad, cosine[0], ctx.labels, plan.margin)
-        grad = grad * plan.factor
+        if cosine:  # A copy.
+            grad = _before_margin(grad, cosine[0], ctx.labels, plan.margin).mul_(plan.factor)
+        else:
+            grad = grad * plan.factor
         pairs = [
             _gradients(plan, m, tensors[m], tensors[half + m], ctx.norms[m], grad, cosines, needed[m], needed[half + m])
             for m in range(half)
@@ -167,12 +168,13 @@ def _gradients(
         for v in set(range(len(w))).difference(v for v, _ in share.alone):
             to_w[v].zero_()
     for v, here in share.alone:
-        g = grad[here] * norm[v]
+        block, inverse_v = w[v], norm[v]
+        g = grad[here] * inverse_v
         if steps is not None:
-            torch.mm(g, w[v], out=steps[here])
+            torch.mm(g, block, out=steps[here])
         if to_w is not None:
-            to = torch.mm(g.T, unit[here], out=to_w[v])
-            to.addcmul_(w[v], (norm[v].square() * along[here].sum(0))[:, None], value=-1)
+            length = along[here].sum(0).mul_(inverse_v).mul_(inverse_v)
+            torch.mm(g.T, unit[here], out=to_w[v]).addcmul_(block, length[:, None], value=-1)
     if to_x is None or steps is None:
         return None, to_w
     to_x[0].zero_()  # That of what is missing.

@@ -354,9 +354,9 @@ class DecoupledPrototypeHead(nn.Module):
         scored_by = partial(self._scored_by, dtype=dtype)
         plan = self._planner(present, [len(p) for p in prototypes], scored_by, self.training, key)
         if self.training:
-            owners = self._masks.T.nonzero()[:, 1].tolist()
-            if new := [case for case, count in zip(owners, plan.counts, strict=True) if count and not seen[case]]:
-                self.seen[new] = True
+            if not all(seen):
+                owners = self._masks.T.nonzero()[:, 1].tolist()  # The case of each block.
+                self.seen[[case for case, count in zip(owners, plan.counts, strict=True) if count]] = True
             share_between_ranks(self.seen, self)
         return grouped_logits(rows, prototypes, plan, labels, self._norms(prototypes))
 
