@@ -3,7 +3,10 @@
 import argparse
 import csv
 import math
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +16,15 @@ from matplotlib.figure import Figure
 from methods import ABLATIONS, METHODS
 
 Setting = tuple[str, float]  # What is missing, and at which rate.
-Cell = tuple[str, Setting]  # Of which data.
-Scores = dict[int, float]  # Seed to score.
+Row = Sequence[str | float]
 OURS, UNTRAINED, NO_MASK = "protohead", "paper, no fall-back", "paper, least entropy"
 FEW, THREE = ("linear", "late fusion", "cosine head", "paper", OURS), ("linear", "paper", OURS)
 ALL_ROWS, NO_CASES = "all rows", ("all rows", "mean of cases", "(nothing)")
-LACKING, ENOUGH = ("all", 0.7), 30  # Rows of a case, for its score to say something.
+LACKING, ENOUGH = ("all", 0.7), 30  # ENOUGH rows of a case, for its score to say something.
 SHORT = {"linear, modality dropout": "linear, dropout", "paper, no prototype loss": "paper, no proto. loss"}
 # Okabe and Ito's colours, which the colour-blind tell apart.
-LOOKS = dict(
-    zip(FEW, (("#444b55", "s"), ("#e69f00", "v"), ("#009e73", "D"), ("#0072b2", "^"), ("#d55e00", "o")), strict=True)
-)
+COLORS = {"linear": "#444b55", "late fusion": "#e69f00", "cosine head": "#009e73", "paper": "#0072b2", OURS: "#d55e00"}
+MARKS = dict(zip(FEW, "svD^o", strict=True))
 # Student's t for a two-sided 95 % interval, for 1 to 30 degrees of freedom.
 T = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
@@ -32,78 +33,67 @@ T = (
 
 
 class Results:
-    """The CSV, without the settings and seeds in which a main method is not finished, so that means compare."""
+    """The CSV, without the settings and seeds in which a main method is not finished, so that means compare.
+
+    A cell is data and what is missing in training; then, where these are other than in training, what is missing in the
+    test, as (kind, rate, share of the mask that is wrong), and the case whose rows count.
+    """
 
     def __init__(self, path: Path) -> None:
         whole = path.read_text().rpartition("\n")[0]  # An interrupted run may end in the middle of a line.
-        lines = [(_block(line), line) for line in csv.DictReader(whole.splitlines())]
-        done: dict[tuple[str, Setting, int], set[str]] = {}
-        main: dict[str, set[str]] = {}
-        for block, line in lines:
-            done.setdefault(block, set()).add(line["trained"])
-            main.setdefault(block[0], set()).update({line["trained"]} & set(METHODS))
+        lines = list(csv.DictReader(whole.splitlines()))
+        blocks = [(x["data"], (x["train_missing"], float(x["train_rate"])), int(x["seed"])) for x in lines]
+        done, main = defaultdict[Any, set[str]](set), defaultdict[str, set[str]](set)
+        for x, block in zip(lines, blocks, strict=True):
+            done[block].add(x["trained"])
+            main[block[0]] |= {x["trained"]} & set(METHODS)
         kept = {block for block, methods in done.items() if methods >= main[block[0]]}
         self.unfinished = len(done) - len(kept)
-        self.seeds = {seed for _, _, seed in kept}
-        self.data = [data for data in main if data in {block[0] for block in kept}]
-        self.methods = [method for method in METHODS if any(method in main[data] for data in self.data)]
-        self.lines: dict[tuple[str, str, Setting, Setting, float, str], dict[int, dict[str, str]]] = {}
-        for block, line in lines:
+        self.lines = defaultdict[Any, dict[int, dict[str, str]]](dict)
+        for x, block in zip(lines, blocks, strict=True):
             if block in kept:
-                test = line["test_missing"], float(line["test_rate"])
-                key = (block[0], line["method"], block[1], test, float(line["flipped"]), line["case"])
-                self.lines.setdefault(key, {})[block[2]] = line
-        self.modalities: dict[str, list[str]] = {}
-        self.settings: dict[str, list[Setting]] = {}
-        for data in self.data:
-            cases = [key[5] for key in self.lines if key[0] == data and key[5] not in NO_CASES]
-            self.modalities[data] = max(cases, key=lambda case: case.count("+")).split("+")
-            order = ["none", *self.modalities[data], "all"]
-            found = {setting for name, setting, _ in kept if name == data}
-            self.settings[data] = sorted(found, key=lambda setting: (setting[1], order.index(setting[0])))
+                test = x["test_missing"], float(x["test_rate"]), float(x["flipped"])
+                self.lines[block[0], x["method"], block[1], test, x["case"]][block[2]] = x
+        self.data = list(dict.fromkeys(key[0] for key in self.lines))
+        self.seeds = {block[2] for block in kept}
+        self.methods = [method for method in METHODS if any(method in main[data] for data in self.data)]
+        cells: set[Any] = {block[:2] for block in kept}
+        self.every = sorted(cells, key=lambda c: (self.data.index(c[0]), c[1][1], c[1][0] == "all", c))
+        groups = [(data, [cell for cell in self.every if cell[0] == data]) for data in self.data]
+        self.groups = groups + [("all cells", self.every)] * (len(groups) > 1)
 
-    def get(
-        self,
-        *which: Any,
-        test: Setting | None = None,
-        flipped: float = 0.0,
-        case: str = ALL_ROWS,
-        metric: str = "macro_f1",
-    ) -> Scores:
-        """Of data, method, and what it is trained on: seed to score, tested on the same unless another is named."""
-        lines = self.lines.get((*which, test or which[2], flipped, case), {})
+        self.cases, self.kinds = dict[str, list[str]](), dict[str, list[Setting]]()
+        for data in self.data:  # The complete case and those of one modality; and what is trained and tested crosswise.
+            complete = max((key[4] for key in self.lines if key[0] == data), key=lambda case: case.count("+"))
+            self.cases[data] = [complete, *complete.split("+")]
+            self.kinds[data] = [kind for name, kind in self.every if name == data and kind[1] in (0, LACKING[1])]
+
+    def get(self, data: str, method: str, train: Setting, *other: Any, metric: str = "macro_f1") -> dict[int, float]:
+        """Seed to score of a method in a cell, where it is defined."""
+        lines = self.lines.get((data, method, train, *other, *((*train, 0.0), ALL_ROWS)[len(other) :]), {})
         return {seed: float(line[metric]) for seed, line in lines.items() if line[metric] not in ("", "nan")}
 
-    def cells(self, *methods: str, data: str = "", rate: float | None = None) -> list[Cell]:
-        """Wherever all these methods have been trained: on this data, at this rate, or any."""
-        every = [(name, setting) for name in self.data for setting in self.settings[name] if data in ("", name)]
-        return [c for c in every if rate in (None, c[1][1]) and all(self.get(c[0], m, c[1]) for m in methods)]
+    def by_seed(self, method: str, cells: Iterable[tuple[Any, ...]], metric: str = "macro_f1") -> dict[int, float]:
+        """The mean over the cells, for each seed that they all have."""
+        found = [self.get(data, method, *rest, metric=metric) for data, *rest in cells]
+        seeds = set.intersection(*map(set, found)) if found else set()
+        return {seed: mean(scores[seed] for scores in found) for seed in sorted(seeds)}
 
-    def mean(self, method: str, cells: Iterable[Cell], **which: Any) -> float:
-        """Over cells, of the mean over seeds."""
-        return mean(mean(self.get(data, method, train, **which).values()) for data, train in cells)
+    def mean(self, method: str, cells: Iterable[tuple[Any, ...]], metric: str = "macro_f1") -> float:
+        """The mean over cells and seeds."""
+        return mean(self.by_seed(method, cells, metric).values())
 
-    def compare(self, a: str, b: str, cells: Iterable[Cell]) -> tuple[float, int, str]:
-        """One method to another by macro-F1."""
-        return compare([(self.get(data, a, train), self.get(data, b, train)) for data, train in cells])
-
-    def unseen(self, data: str) -> list[tuple[Setting, Setting, str]]:
-        """Training, test, and a case in the test that training lacked."""
-        tests = [key[2:] for key in self.lines if key[:2] == (data, OURS) and key[5] not in NO_CASES and not key[4]]
-        found = [
-            (train, test, case)
-            for train, test, _, case in tests
-            if not self.lines.get((data, OURS, train, train, 0.0, case))
-        ]
-        return [
-            (train, test, case)
-            for train, test, case in found
-            if mean(self.get(data, OURS, train, test=test, case=case, metric="rows").values()) >= ENOUGH
-        ]
-
-
-def _block(line: dict[str, str]) -> tuple[str, Setting, int]:
-    return line["data"], (line["train_missing"], float(line["train_rate"])), int(line["seed"])
+    def compare(self, a: str, b: str, cells: Sequence[tuple[Any, ...]]) -> tuple[float, int, str]:
+        """Of a minus b, in the cells of both: the mean; 1 or −1 if its interval is above or below 0; the interval."""
+        cells = [cell for cell in cells if self.by_seed(a, [cell]) and self.by_seed(b, [cell])]
+        x, y = self.by_seed(a, cells), self.by_seed(b, cells)
+        values = [x[seed] - y[seed] for seed in x.keys() & y.keys()]
+        middle = mean(values)
+        if len(values) < 2:
+            return middle, 0, "–"
+        half = T[min(len(values) - 1, len(T)) - 1] * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+        text = f"{percent(middle - half, '+')} to {percent(middle + half, '+')}"
+        return middle, (middle > half) - (middle < -half), text
 
 
 def mean(values: Iterable[float]) -> float:
@@ -112,41 +102,33 @@ def mean(values: Iterable[float]) -> float:
     return math.fsum(values) / len(values) if values else math.nan
 
 
-def compare(pairs: Sequence[tuple[Scores, Scores]]) -> tuple[float, int, str]:
-    """The mean difference of paired scores; whether its 95 % interval over seeds is above 0 (1), below (−1) or neither.
-
-    The last is that interval in words. A seed counts if all the pairs have it.
-    """
-    seeds = set.intersection(*(a.keys() & b.keys() for a, b in pairs)) if pairs else set()
-    values = [mean(a[seed] - b[seed] for a, b in pairs) for seed in sorted(seeds)]
-    middle = mean(values)
-    if len(values) < 2:
-        return middle, 0, "–"
-    half = T[min(len(values) - 1, len(T)) - 1] * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return middle, int(middle > half) - int(middle < -half), f"{signed(middle - half)} to {signed(middle + half)}"
+def percent(x: float, sign: str = "") -> str:
+    """One decimal, or a dash where undefined; with the sign "+" a difference, in points."""
+    text = f"{100 * x:{sign}.1f}".replace("-", "−")
+    return "–" if math.isnan(x) else "0.0" if sign and float(f"{100 * x:.1f}") == 0 else text
 
 
-def percent(x: float) -> str:
-    """One decimal, or a dash where undefined."""
-    return "–" if math.isnan(x) else f"{100 * x:.1f}"
+def marked(row: Row, best: Callable[[Any], float] = max) -> list[str]:
+    """Numbers in percent, the best in bold; text as it is."""
+    known = [x for x in row if not isinstance(x, str) and not math.isnan(x)]
+    texts = [x if isinstance(x, str) else percent(x) for x in row]
+    return [f"**{x}**" if known and x == percent(best(known)) else x for x in texts]
 
 
-def signed(x: float) -> str:
-    """A difference in points."""
-    text = percent(x)
-    return text.removeprefix("-") if text in ("–", "-0.0", "0.0") else f"{100 * x:+.1f}".replace("-", "−")
-
-
-def table(head: Iterable[str], rows: Iterable[Sequence[str | float]], best: Callable[[Any], float] = max) -> list[str]:
-    """In Markdown; numbers in percent, and the best of a row in bold."""
+def table(head: Iterable[str], rows: Iterable[Row], best: Callable[[Any], float] = max) -> list[str]:
+    """In Markdown, the best number of each row in bold."""
     names = [SHORT.get(name, name) for name in head]
-    lines = [names, ["---"] * len(names)]
-    for row in rows:
-        known = [x for x in row if isinstance(x, float) and not math.isnan(x)]
-        top = percent(best(known)) if known else ""
-        texts = [x if isinstance(x, str) else percent(x) for x in row]
-        lines.append([f"**{x}**" if x == top else x for x in texts])
-    return ["", *(f"| {' | '.join(line)} |" for line in lines), ""]
+    return ["", *(f"| {' | '.join(marked(row, best))} |" for row in (names, ["---"] * len(names), *rows)), ""]
+
+
+def compared(r: Results, head: str, rows: Any, metric: str = "macro_f1", methods: Sequence[str] = ()) -> list[str]:
+    """A table by the rows' names and cells and by methods; ± is the standard deviation of ours over seeds."""
+    found, methods = list[Row](), methods or r.methods
+    for name, cells in rows:
+        ours = list(r.by_seed(OURS, cells, metric).values())
+        spread = percent(float(np.std(ours, ddof=1)) if len(ours) > 1 else math.nan)
+        found.append([name, *(r.mean(method, cells, metric) for method in methods), spread])
+    return table([head, *methods, "±"], found, min if metric in ("ece", "aurc") else max)
 
 
 def at(setting: Setting) -> str:
@@ -154,283 +136,211 @@ def at(setting: Setting) -> str:
     return f"{setting[0]}, {100 * setting[1]:g} %" if setting[1] else "none"
 
 
-def words(methods: Iterable[str]) -> str:
-    """Some methods in a sentence."""
-    return ", ".join(f"`{method}`" for method in methods) or "none"
-
-
-# -- sections -----------------------------------------------------------------------------------------------------------
-
-
 def verdict(r: Results) -> list[str]:
-    rates = ", ".join(f"{100 * rate:g}" for rate in sorted({setting[1] for _, setting in r.cells()}))
+    rates = ", ".join(f"{100 * rate:g}" for rate in sorted({cell[1][1] for cell in r.every}))
+    rows, worse, told, groups = list[Row](), list[Row](), 0, defaultdict[int, list[str]](list)
+    for other in (method for method in r.methods if method != OURS):
+        gain, side, between = r.compare(OURS, other, r.every)
+        groups[side].append(f"`{other}`")
+        found = [x for cell in r.every if not math.isnan((x := (*cell, *r.compare(OURS, other, [cell])))[2])]
+        counts = [f"{sum(x[3] == way for x in found)} of {len(found)}" for way in (1, -1)]
+        rows.append([f"`{other}`", percent(gain, "+"), between, *counts])
+        told += sum(x[4] != "–" for x in found)
+        worse += [[x[0], at(x[1]), f"`{other}`", percent(x[2], "+"), x[4]] for x in found if x[3] < 0]
+    better, worse_than, level = (", ".join(groups[side]) or "none" for side in (1, -1, 0))
     lines = [
-        f"{len(r.methods)} classifiers on the same frozen features, where {rates} % of the rows lack a modality. Data:",
-        f"{'; '.join(r.data)}. Seeds: {len(r.seeds)}, of the missing tables, the initialisation and the order of the rows.",
-        "Every method had the same learning rates and epochs to choose from, by macro-F1 on the validation split; all",
-        "scores are of the test split, in percent. A cell is a data set with a kind and rate of missing modality, the",
-        f"same in training and test: {len(r.cells())} in all. Intervals (95 %, Student's t, paired by seed) tell the luck",
-        "of the seed, not how other data would do. Significant is what excludes 0, uncorrected for multiple comparisons.",
-        *[f"**The run is not finished: {r.unfinished} settings and seeds lack methods; left out.**"]
-        * (r.unfinished > 0),
-        "",
+        f"{len(r.methods)} classifiers on the same frozen features of {', '.join(r.data)}, with",
+        f"{rates} % of the rows lacking a modality; {len(r.seeds)} seed(s), of missing tables, initialisation and",
+        "order of rows. Every method had the same learning rates and epochs to choose from, by macro-F1 on the",
+        "validation split; all scores are of the test split, in percent; ± is the standard deviation of our own over",
+        "seeds. A cell is a data set with a kind and rate of missing modality, alike in training and test; there are",
+        f"{len(r.every)}. Intervals (95 %, Student's t, paired by seed) show the luck of the seed, not how other data",
+        "would do. Significant is what excludes 0; there is no correction for multiple comparisons.",
+        f"**{r.unfinished} settings and seeds are unfinished, and left out.**" * (r.unfinished > 0),
+        f"\n**Over all cells `{OURS}` has a mean macro-F1 of {percent(r.mean(OURS, r.every))}. On average it is",
+        f"significantly better than {better}; significantly worse than {worse_than}; not told apart from",
+        f"{level}.**" + " With one seed, nothing can be significant." * (not told),
+        *table((f"`{OURS}` minus", "difference", "95 %", "cells better", "cells worse"), rows),
     ]
-    rows, worse, told = [], [], 0
-    groups: dict[int, list[str]] = {1: [], 0: [], -1: []}
-    for other in r.methods:
-        if other == OURS or not (cells := r.cells(OURS, other)):
-            continue
-        whole, single = r.compare(OURS, other, cells), [(r.compare(OURS, other, [cell]), cell) for cell in cells]
-        count = [f"{sum(found[1] == side for found, _ in single)} of {len(cells)}" for side in (1, -1)]
-        rows.append([f"`{other}`", signed(whole[0]), whole[2], *count])
-        groups[whole[1]] += [other]
-        told += sum(found[2] != "–" for found, _ in single)
-        worse += [[c[0], at(c[1]), f"`{other}`", signed(found[0]), found[2]] for found, c in single if found[1] < 0]
-    mean_of_all = f"`{OURS}` has a mean macro-F1 of {percent(r.mean(OURS, r.cells()))} over all cells."
-    if not told:
-        lines += [f"{mean_of_all} **There are no two seeds to compare, so nothing is significant.**"]
-    else:
-        lines += [f"**{mean_of_all} By their averages it is significantly better than {words(groups[1])};"]
-        lines += [f"significantly worse than {words(groups[-1])}; not told apart from {words(groups[0])}.**"]
-    lines += table((f"`{OURS}` minus", "difference", "95 %", "cells better", "cells worse"), rows)
-    if told and not worse:
-        lines += [f"**There is no cell in which `{OURS}` is significantly worse than another method.**"]
-    elif told:
-        lines += [
-            f"**In {len(worse)} of {told} comparisons, a cell with a method each, `{OURS}` is significantly worse**"
-        ]
-        lines += [f"(if all were equal, about {told / 40:.0f} would be, by chance):"]
-        lines += table(("data", "missing", "worse than", "difference", "95 %"), worse)
-    return lines
-
-
-def means(r: Results, title: str, metric: str, best: Callable[[Any], float] = max) -> list[str]:
-    """The mean over the settings by data set and method, and over the data sets."""
-    rows = [[data, *(r.mean(m, r.cells(data=data), metric=metric) for m in r.methods)] for data in r.data]
-    average = [mean(values) for values in list(zip(*rows, strict=True))[1:]]
-    return table([title, *r.methods], [*rows, ["mean", *average]] if len(rows) > 1 else rows, best)
+    text = f"There are cells in which `{OURS}` is significantly worse: {len(worse)} of {told} comparisons."
+    text = text if worse else f"There is no cell in which `{OURS}` is significantly worse than another method."
+    lines += [f"**{text}** By chance about {told / 40:.0f} would be, were all methods equal."] * (told > 0)
+    return lines + table(("data", "missing", "worse than", "difference", "95 %"), worse) * (len(worse) > 0)
 
 
 def by_setting(r: Results) -> list[str]:
     lines = []
-    for data in r.data:
-        rows: list[list[str | float]] = []
-        for s in r.settings[data]:
-            ours = list(r.get(data, OURS, s).values())
-            spread = percent(float(np.std(ours, ddof=1)) if len(ours) > 1 else math.nan)
-            rows.append([at(s), *(r.mean(m, [(data, s)]) for m in r.methods), spread])
-        lines += [f"### {data}", *table(["missing", *r.methods, f"± ({OURS})"], rows)]
-        if any(r.get(data, m, s, metric="map") for m in THREE for s in r.settings[data]):
-            rows = [[at(s), *(r.mean(m, [(data, s)], metric="map") for m in THREE)] for s in r.settings[data]]
-            lines += ["Mean average precision:", *table(["missing", *THREE], rows)]
+    for data, cells in r.groups[: len(r.data)]:
+        rows = [(at(cell[1]), [cell]) for cell in cells]
+        lines += [f"### {data}", *compared(r, "missing", rows)]
+        if any(r.by_seed(method, cells, "map") for method in THREE):
+            lines += ["Mean average precision:", *compared(r, "missing", rows, "map", THREE)]
     return lines
 
 
 def crosswise(r: Results) -> list[str]:
-    lines = [f"Macro-F1 of {' / '.join(THREE)}, the best in bold.", ""]
+    lines = [f"Macro-F1 of {' / '.join(THREE)}.", ""]
     for data in r.data:
-        rows = []
-        for train in (settings := crossed(r, data)):
-            found = [[r.mean(m, [(data, train)], test=test) for m in THREE] for test in settings]
-            rows.append([at(train), *(" / ".join(table(THREE, [x])[3][2:-2].split(" | ")) for x in found)])
-        lines += [f"### {data}", *table(["trained ↓, tested →", *map(at, settings)], rows)]
-    methods = (*FEW[:3], UNTRAINED, *FEW[3:])
-    unseen = [(data, *which) for data in r.data for which in r.unseen(data)]
-    if not unseen:
-        return lines
-    scores = {m: [r.get(d, m, train, test=test, case=case) for d, train, test, case in unseen] for m in methods}
-    row = [f"{len(unseen)} cases", *(mean(mean(x.values()) for x in scores[m]) for m in methods)]
-    lines += ["### Cases that training lacked", "", f"On their rows alone, where a test has at least {ENOUGH} of them:"]
-    lines += table(["mean of", *methods], [row])
-    for a, b in (("paper", UNTRAINED), (OURS, "paper"), (OURS, "linear")):
-        gain, _, between = compare(list(zip(scores[a], scores[b], strict=True)))
-        lines += [f"- `{a}` minus `{b}`: {signed(gain)} ({between})."]
-    return [*lines, ""]
-
-
-def masks(r: Results) -> list[str]:
-    flips = sorted({key[4] for key in r.lines})
-    every = [*([data] for data in r.data), *([r.data] if len(r.data) > 1 else [])]
-    rows = [
-        [
-            f"{some[0] if len(some) == 1 else 'mean'}, {100 * flip:g} %",
-            *(r.mean(m, [(d, LACKING) for d in some], flipped=flip) for m in r.methods),
-        ]
-        for some in every
-        for flip in flips
-    ]
-    cost, _, between = r.compare(NO_MASK, "paper", r.cells(NO_MASK, "paper"))
-    text = f"Of models trained on {at(LACKING)}; the test's masks are wrong in so many of their entries."
-    lines = [text, *table(["data, wrong", *r.methods], rows)]
-    return [
-        *lines,
-        f"Without any mask, by the case of least entropy, `paper` differs by {signed(cost)} ({between}).",
-        "",
-    ]
-
-
-def parts(r: Results) -> list[str]:
-    rows = []
-    for part in ("loss(), a block per case", *ABLATIONS):
-        if cells := r.cells(OURS, part, rate=LACKING[1]):
-            gain, _, between = r.compare(part, OURS, cells)
-            rows.append(
-                [
-                    f"`{part}`",
-                    signed(gain),
-                    between,
-                    *(signed(r.compare(part, OURS, [c for c in cells if c[0] == data])[0]) for data in r.data),
-                ]
-            )
-    text = f"Each minus `{OURS}`, at {100 * LACKING[1]:g} % missing: below 0, the part helps."
-    return [text, *table(("changed", "difference", "95 %", *r.data), rows)]
-
-
-def choice(r: Results) -> list[str]:
-    lines = [
-        "The best by the same test scores as above, with how far it is ahead of `protohead` or, if that is best, the",
-        "next; * is significant.",
-        "",
-    ]
-    enough = []
-    for data in [*r.data, ""][: len(r.data) + (len(r.data) > 1)]:
-        texts = []
-        for rate in sorted({s[1] for _, s in r.cells(data=data)}):
-            cells = r.cells(data=data, rate=rate)
-            first, *rest = ranked({m: r.mean(m, cells) for m in r.methods})
-            text = f"at {100 * rate:g} % `{first}` with {percent(r.mean(first, cells))}"
-            if rest:
-                second = OURS if OURS in rest else rest[0]
-                ahead, side, _ = r.compare(first, second, cells)
-                text += f" (`{second}`: {signed(-ahead)}{'*' * (side > 0)})"
-            texts.append(text)
-            if data and r.compare(OURS, "linear", cells)[1] < 1:
-                enough.append(f"{data} at {100 * rate:g} %")
-        lines.append(f"- On {data or 'average over all data'} the best is {', '.join(texts)}.")
-    lines.append(
-        f"- `{OURS}` is not significantly better than `linear`, the simplest, on: {'; '.join(enough) or 'none of these'}."
-    )
-    for name, metric, low in (("calibrated (ECE)", "ece", -1), ("ranked by confidence (AURC)", "aurc", -1)):
-        order = ranked({m: low * r.mean(m, r.cells(), metric=metric) for m in r.methods})
-        lines.append(f"- Best {name}, on average: {words(order[:3])}.")
+        tests = {kind: [[(data, kind, (*test, 0.0))] for test in r.kinds[data]] for kind in r.kinds[data]}
+        scores = {kind: [marked([r.mean(m, cell) for m in THREE]) for cell in cells] for kind, cells in tests.items()}
+        rows = [[at(kind), *(" / ".join(texts) for texts in row)] for kind, row in scores.items()]
+        lines += [f"### {data}", *table(["trained ↓, tested →", *map(at, tests)], rows)]
+    keys = [key for key in r.lines if key[1] == OURS and not key[3][2] and key[4] not in NO_CASES]
+    keys = [key for key in keys if (*key[:3], (*key[2], 0.0), key[4]) not in r.lines]  # Training had no such rows.
+    unseen = [(key[0], *key[2:]) for key in keys if mean(r.get(*key, metric="rows").values()) >= ENOUGH]
+    if unseen:
+        lines += [f"### Cases that training lacked\n\nOn their rows alone, where a test has {ENOUGH} of them or more."]
+        lines += compared(r, "mean of", [(f"{len(unseen)} cases", unseen)], methods=(*FEW[:3], UNTRAINED, *FEW[3:]))
+        for a, b in (("paper", UNTRAINED), (OURS, "paper"), (OURS, "linear")):
+            gain, _, between = r.compare(a, b, unseen)
+            lines += [f"- `{a}` minus `{b}`: {percent(gain, '+')} ({between})."]
     return lines
 
 
-def ranked(scores: dict[str, float]) -> list[str]:
-    """The best first, without those that have none."""
-    return sorted((m for m in scores if not math.isnan(scores[m])), key=lambda m: -scores[m])
+def masks(r: Results) -> list[str]:
+    flips, rows = sorted({key[3][2] for key in r.lines}), []
+    for name, cells in r.groups:
+        tests = [[(data, s, (*s, wrong)) for data, s in cells if s == LACKING] for wrong in flips]
+        rows += [(f"{name}, {100 * wrong:g} %", some) for wrong, some in zip(flips, tests, strict=True)]
+    gain, _, between = r.compare(NO_MASK, "paper", r.every)
+    lines = [f"Macro-F1 with this share of the mask wrong in the test; {at(LACKING)}.", *compared(r, "wrong", rows)]
+    return [*lines, f"Without a mask, in all cells: `{NO_MASK}` minus `paper` is {percent(gain, '+')} ({between})."]
 
 
-def crossed(r: Results, data: str) -> list[Setting]:
-    """What is trained and tested crosswise."""
-    return [setting for setting in r.settings[data] if setting[1] in (0, LACKING[1])]
+def parts(r: Results) -> list[str]:
+    rows, groups = list[Row](), [[cell for cell in cells if cell[1][1] == LACKING[1]] for _, cells in r.groups]
+    for part in (method for method in (*METHODS, *ABLATIONS) if method.startswith(f"{OURS}, ")):
+        found = [r.compare(part, OURS, cells) for cells in groups]
+        if not all(math.isnan(x[0]) for x in found):
+            rows.append([f"`{part}`", *(f"{percent(x[0], '+')} ({x[2]})" for x in found)])
+    text = f"Each minus `{OURS}` at {100 * LACKING[1]:g} %: below 0, `{OURS}` is better as it is."
+    return [text, *table(["changed", *(name for name, _ in r.groups)], rows)]
 
 
-# -- figures ------------------------------------------------------------------------------------------------------------
+def choice(r: Results) -> list[str]:
+    def ranked(cells: Sequence[Any], metric: str = "macro_f1") -> list[str]:
+        scores = {method: r.mean(method, cells, metric) for method in r.methods}
+        return sorted((m for m in scores if not math.isnan(scores[m])), key=lambda m: -scores[m])
+
+    lines = ["In brackets: ours, or the next, minus the best, which the same test scores picked; * is significant.", ""]
+    enough = list[str]()
+    for name, every in r.groups:
+        texts, close = [], []
+        for rate in sorted({cell[1][1] for cell in every}):
+            first, *rest = ranked(cells := [cell for cell in every if cell[1][1] == rate])
+            texts.append(f"at {100 * rate:g} % `{first}` with {percent(r.mean(first, cells))}")
+            for second in ([OURS] if OURS in rest else rest)[:1]:
+                gain, side, _ = r.compare(second, first, cells)
+                texts[-1] += f" (`{second}` {percent(gain, '+')}{'*' * (side < 0)})"
+            close += [f"{100 * rate:g}"] * (r.compare(OURS, "linear", cells)[1] < 1)
+        lines.append(f"- On {name} the best method is: {'; '.join(texts)}.")
+        enough += [f"{name} at {', '.join(close)} %"] * (len(close) > 0)
+    where = "; ".join(enough) or "nowhere"
+    lines.append(f"- Where `{OURS}` is not significantly better than `linear`, the simplest: {where}.")
+    for said, metric in (("Best calibrated (ECE)", "ece"), ("Knows best which answers are right (AURC)", "aurc")):
+        lines.append(f"- {said}: `{'`, then `'.join(ranked(r.every, metric)[:-4:-1])}`.")
+    return lines
 
 
-def grid(r: Results, columns: int, width: float, height: float) -> tuple[Figure, Any]:
-    """A row of panels for each data set."""
-    figure = Figure(figsize=(width * columns, height * len(r.data) + 0.5), layout="constrained")
-    axes = figure.subplots(len(r.data), columns, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    return figure, axes
+def draw(r: Results, path: Path, names: Callable[[str], Sequence[str]], size: tuple[float, float], panel: Any) -> None:
+    """A row for each data set, with a panel for each of the names."""
+    count = max(1, *(len(names(data)) for data in r.data))
+    figure = Figure(figsize=(size[0] * count, size[1] * len(r.data) + 0.4), layout="constrained")
+    for row, data in zip(figure.subplots(len(r.data), count, squeeze=False), r.data, strict=True):
+        for axis, name in zip_longest(row, names(data)):
+            panel(r, axis, data, name) if name else axis.set_axis_off()
+        row[0].set_ylabel(data.replace(", ", ",\n") + "\n" + row[0].get_ylabel())
+    if (found := figure.axes[0].get_legend_handles_labels())[0]:
+        figure.legend(*found, loc="outside upper center", ncols=len(FEW), frameon=False)
+    figure.savefig(path, dpi=150)
 
 
-def cases(r: Results, data: str) -> list[str]:
-    """The cases to draw: the complete one, and those of one modality."""
-    return ["+".join(r.modalities[data]), *r.modalities[data]]
+def draw_rates(r: Results, axis: Any, data: str, case: str) -> None:
+    for method in FEW:
+        settings = [setting for name, setting in r.every if name == data and setting[0] in ("none", "all")]
+        found = [(s[1], np.array([*r.get(data, method, s, (*s, 0.0), case).values()])) for s in settings]
+        points = [(x, y.mean(), y.std(ddof=int(len(y) > 1))) for x, y in found if len(y)]
+        x, middle, spread = 100 * np.array(points).reshape(-1, 3).T
+        axis.plot(x, middle, color=COLORS[method], marker=MARKS[method], ms=4, label=method)
+        axis.fill_between(x, middle - spread, middle + spread, color=COLORS[method], alpha=0.15, lw=0)
+    axis.set(title=case, xlabel="rows that lack a modality, %", ylabel="macro-F1, %", xlim=(-4, 94))
 
 
-def draw_rates(r: Results) -> Figure:
-    figure, axes = grid(r, 1 + max(len(cases(r, data)) for data in r.data), 2.7, 2.5)
-    for data, row in zip(r.data, axes, strict=True):
-        settings = [setting for setting in r.settings[data] if setting[0] in ("none", "all")]
-        for axis, case in zip(row, [*cases(r, data), ALL_ROWS], strict=False):
-            axis.set_axis_on()
-            for method in FEW:
-                found = [(100 * s[1], [100 * x for x in r.get(data, method, s, case=case).values()]) for s in settings]
-                points = [(x, np.mean(y), np.std(y, ddof=1) if len(y) > 1 else 0.0) for x, y in found if y]
-                x, middle, spread = np.array(points).reshape(-1, 3).T
-                color, mark = LOOKS[method]
-                axis.plot(x, middle, color=color, marker=mark, ms=4, lw=1.5, label=method)
-                axis.fill_between(x, middle - spread, middle + spread, color=color, alpha=0.15, lw=0)
-            axis.set(title=case, xlabel="rows lacking a modality, %", xlim=(-4, 94))
-        row[0].set_ylabel(f"{broken(data)}\nmacro-F1, %")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(FEW))
-    return figure
+def draw_matrix(r: Results, axis: Any, data: str, method: str) -> None:
+    kinds = r.kinds[data]
+    every = {m: [[r.mean(m, [(data, a, (*b, 0.0))]) for b in kinds] for a in kinds] for m in THREE}
+    known = [x for rows in every.values() for row in rows for x in row if not math.isnan(x)]
+    low, high = min(known, default=0.0), max(known, default=1.0)
+    axis.imshow(every[method], cmap="cividis", vmin=low, vmax=high)
+    for (i, j), x in np.ndenumerate(every[method]):
+        axis.text(j, i, percent(x), ha="center", va="center", color="k" if 2 * x > low + high else "w")
+    labels = [at(kind).replace(", ", "\n") for kind in kinds]
+    axis.set(xticks=range(len(kinds)), xticklabels=labels, yticks=range(len(kinds)), yticklabels=labels)
+    axis.set(title=method, xlabel="missing in test", ylabel="missing in training")
 
 
-def draw_matrix(r: Results) -> Figure:
-    figure, axes = grid(r, len(THREE), 3.3, 3.1)
-    for data, row in zip(r.data, axes, strict=True):
-        settings = crossed(r, data)
-        values = np.array([[[r.mean(m, [(data, a)], test=b) for b in settings] for a in settings] for m in THREE]) * 100
-        known = values[~np.isnan(values)]
-        low, high = known.min(), known.max()
-        for axis, method, matrix in zip(row, THREE, values, strict=True):
-            axis.set_axis_on()
-            axis.imshow(matrix, cmap="cividis", vmin=low, vmax=high)
-            for (i, j), x in np.ndenumerate(matrix):
-                axis.text(j, i, percent(x / 100), ha="center", va="center", color="k" if x > (low + high) / 2 else "w")
-            names = [at(setting).replace(", ", "\n") for setting in settings]
-            axis.set_xticks(range(len(names)), names)
-            axis.set_yticks(range(len(names)), names)
-            axis.set(title=method, xlabel="missing in test")
-        row[0].set_ylabel(f"{broken(data)}\nmissing in training")
-    return figure
-
-
-def draw_seeds(r: Results) -> Figure:
-    figure, axes = grid(r, 1, 7, 2.9)
-    for data, axis in zip(r.data, axes[:, 0], strict=True):
-        axis.set_axis_on()
-        for x, method in enumerate(r.methods):
-            values = [100 * y for y in r.get(data, method, LACKING).values()]
-            color = LOOKS.get(method, ("#8a8f98", ""))[0]
-            if values:
-                axis.boxplot(values, positions=[x], widths=0.6, showfliers=False, medianprops={"color": color, "lw": 2})
+def draw_seeds(r: Results, axis: Any, data: str, _: str) -> None:
+    for x, method in enumerate(r.methods):
+        if values := [100 * y for y in r.get(data, method, LACKING).values()]:
+            color = COLORS.get(method, "#8a8f98")
+            axis.boxplot(values, positions=[x], widths=0.6, showfliers=False, medianprops={"color": color, "lw": 2})
             axis.plot([x] * len(values), values, "o", ms=4, color=color, alpha=0.7)
-        axis.set_xticks(range(len(r.methods)), [SHORT.get(m, m) for m in r.methods], rotation=30, ha="right")
-        axis.set_ylabel(f"{broken(data)}\nmacro-F1, %")
-    axes[0, 0].set_title(f"Trained and tested with {at(LACKING)} missing: a point for each seed")
-    return figure
+    axis.set_xticks(range(len(r.methods)), [SHORT.get(m, m) for m in r.methods], rotation=30, ha="right")
+    axis.set(title=f"{at(LACKING)}: a point for each seed", ylabel="macro-F1, %")
 
 
-def draw_reliability(r: Results) -> Figure:
-    figure, axes = grid(r, max(len(cases(r, data)) for data in r.data), 3.2, 3.3)
-    for data, row in zip(r.data, axes, strict=True):
-        for axis, case in zip(row, cases(r, data), strict=False):
-            axis.set_axis_on()
-            axis.plot([0, 1], [0, 1], color="#b0b4ba", lw=1)
-            for method in THREE:
-                bins = np.zeros((10, 3))  # Count, and sums of probability and of what is right.
-                for line in r.lines.get((data, method, LACKING, LACKING, 0.0, case), {}).values():
-                    for n, p, right in (map(float, text.split(":")) for text in line["reliability"].split()):
-                        bins[min(int(p * 10), 9)] += n, n * p, n * right
-                count, *sums = bins[bins[:, 0] > 0].T
-                error = percent(r.mean(method, [(data, LACKING)], case=case, metric="ece"))
-                color, mark = LOOKS[method]
-                axis.plot(sums[0] / count, sums[1] / count, color=color, marker=mark, ms=4, label=f"{method} {error}")
-            axis.set(xlabel="probability", xlim=(0, 1), ylim=(0, 1), aspect="equal")
-            title = f"{case}; ECE in %:"
-            axis.legend(
-                loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, title=title, columnspacing=0.8, handlelength=1
-            )
-        row[0].set_ylabel(f"{broken(data)}\nshare that is right")
-    return figure
-
-
-def broken(name: str) -> str:
-    """A name in several lines."""
-    return name.replace(", ", ",\n")
-
-
-# -- the whole ----------------------------------------------------------------------------------------------------------
+def draw_reliability(r: Results, axis: Any, data: str, case: str) -> None:
+    axis.plot([0, 1], [0, 1], color="#b0b4ba", lw=1)
+    for method in THREE:
+        bins = np.zeros((10, 3))  # How many, and sums of probability and of what is right.
+        for line in r.lines.get((data, method, LACKING, (*LACKING, 0.0), case), {}).values():
+            for n, p, right in (map(float, text.split(":")) for text in line["reliability"].split()):
+                bins[min(int(10 * p), 9)] += n, n * p, n * right
+        count, said, right = bins[bins[:, 0] > 0].T
+        axis.plot(said / count, right / count, color=COLORS[method], marker=MARKS[method], ms=4, label=method)
+    errors = [f"{m} {percent(r.mean(m, [(data, LACKING, (*LACKING, 0.0), case)], 'ece'))}" for m in THREE]
+    axis.set_title(f"{case}\nECE: {', '.join(errors)}", fontsize=8)
+    axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="probability", ylabel="share that is right")
 
 
 def write_report(path: Path) -> None:
     """Write RESULTS.md and the figures next to the CSV."""
     r = Results(path)
-    lines = ["# Accuracy", "", "Written by report.py from accuracy.csv, by accuracy.py.", ""]
+    lines = ["# Accuracy", "", "Written by report.py from what accuracy.py measured; not by hand.", ""]
+    if not r.data:
+        path.with_name("RESULTS.md").write_text("\n".join([*lines, "No setting is finished yet.", ""]))
+        return
+    chosen = f"On validation data, by which the settings that are recommended for `{OURS}` were chosen too:"
+    averages = [*compared(r, "test", r.groups), chosen, *compared(r, "validation", r.groups, "validation")]
+    errors = [x for name in ("ECE", "AURC") for x in compared(r, name, r.groups, name.lower())]
+    for title, figures, text in (
+        ("Verdict", "", verdict(r)),
+        ("Macro-F1 by method, the mean over settings", "", averages),
+        ("By what is missing", "rates seeds", by_setting(r)),
+        ("Trained on one, tested on another", "matrix", crosswise(r)),
+        ("Wrong and unknown masks", "", masks(r)),
+        (f"What each part of `{OURS}` gives", "", parts(r)),
+        ("Calibration and selective prediction, the mean over settings", "reliability", ["Lower is better.", *errors]),
+        ("Which to choose", "", choice(r)),
+    ):
+        lines += [f"## {title}", "", *(f"![{name}](accuracy_{name}.png)\n" for name in figures.split()), *text, ""]
+    path.with_name("RESULTS.md").write_text(re.sub("\n{3,}", "\n\n", "\n".join(lines)))
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        for name, names, size, panel in (
+            ("rates", lambda data: [*r.cases[data], ALL_ROWS], (2.7, 2.5), draw_rates),
+            ("matrix", lambda data: THREE if r.kinds[data] else (), (3.3, 3.1), draw_matrix),
+            ("seeds", lambda data: [ALL_ROWS], (7.0, 2.9), draw_seeds),
+            ("reliability", r.cases.__getitem__, (3.2, 3.3), draw_reliability),
+        ):
+            draw(r, path.with_name(f"accuracy_{name}.png"), names, size, panel)
+
+
+def main() -> None:
+    """Write the report of a CSV."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("csv", type=Path, nargs="?", default=Path(__file__).with_name("accuracy.csv"))
+    write_report(parser.parse_args().csv)
+
+
+if __name__ == "__main__":
+    main()

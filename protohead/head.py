@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from protohead.cases import case_masks, nearest_case
 from protohead.functional import add_angular_margin, case_cosine, normalize, prototype_contrast
-from protohead.grouped import Group, grouped_logits, inverse_norm
+from protohead.grouped import grouped_logits, inverse_norm
 from protohead.inputs import Features, check_count, check_labels, check_present, per_case, read_features
 from protohead.objective import (
     PROTOTYPE_WEIGHT,
@@ -22,6 +22,7 @@ from protohead.objective import (
     classification_loss,
     split_modalities,
 )
+from protohead.plan import Planner
 from protohead.sharding import (
     gather_for_loss,
     is_sharded,
@@ -35,7 +36,7 @@ __all__ = ["DecoupledPrototypeHead"]
 
 BEYOND = ("bias", "center", "center_rows")  # What the paper's head has not.
 WINDOW = 10_000  # Rows that the features' mean remembers, so that it follows encoders that are trained.
-SMALL = 2**17  # Of fewer numbers to make the norms costs no more than to recognise them.
+SMALL = 2**14  # Of fewer numbers to make the norms costs no more than to recognise them.
 
 
 class DecoupledPrototypeHead(nn.Module):
@@ -89,7 +90,6 @@ class DecoupledPrototypeHead(nn.Module):
     scale: Tensor
     margin: Tensor
     seen: Tensor
-    _places: dict[tuple[tuple[bool, ...], tuple[bool, ...] | None], tuple[int, tuple[tuple[int, int], ...]]]
     _known: tuple[list[Any], list[Tensor], list[Tensor]] | None
     _masks: Tensor
     _block: Tensor
@@ -131,7 +131,7 @@ class DecoupledPrototypeHead(nn.Module):
         if not all(0 <= value < math.pi for value in margins):
             raise ValueError(f"Expected argument `margin` to be in [0, pi) radians, but got {margin}.")
 
-        self._places = {}
+        self._planner = Planner()
         self._known = None
         self.prototypes = nn.ParameterDict()
         self._new_prototypes(num_classes, device, dtype)
@@ -453,7 +453,7 @@ class DecoupledPrototypeHead(nn.Module):
         if self.bias is None:
             return logits
         bias = self.bias.to(logits.dtype)
-        return logits + (bias if scored is None else torch.where(scored[:, None], bias, 0))
+        return logits + torch.where(scored[:, None], bias, 0)
 
     def _objective(
         self,
@@ -511,10 +511,10 @@ class DecoupledPrototypeHead(nn.Module):
         centers = self.center.split(list(self.in_features.values()))
         return [x - center.to(_wide(x)) for x, center in zip(rows, centers, strict=True)]
 
-    def _every_block(self, rows: list[Tensor], present: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _every_block(self, rows: list[Tensor], present: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """The logits without a look at values: all blocks are multiplied, and each row takes its own.
 
-        Also which rows something scores; None is all.
+        Also which rows something scores.
         """
         case, active = self._route(present)
         if self.training:
@@ -526,60 +526,47 @@ class DecoupledPrototypeHead(nn.Module):
             cosine = add_angular_margin(cosine, labels, margin.to(cosine.dtype))
         return cosine * self.scale[case, None].to(cosine.dtype), active.any(1)
 
-    def _grouped(self, rows: list[Tensor], present: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _grouped(self, rows: list[Tensor], present: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """The same on the CPU."""
         rows, prototypes = self._widened(rows)
-        groups = self._groups(present)
-        logits = grouped_logits(rows, prototypes, groups, labels, self._norms(prototypes))
-        if sum(len(group.rows) for group in groups) == len(present):
-            return logits, None
-        scored = torch.zeros(len(present), dtype=torch.bool)
-        scored[[row for group in groups for row in group.rows]] = True
-        return logits, scored
+        dtype, seen = prototypes[0].dtype, self.seen.tolist()
+        key = dtype, not self.training and tuple(seen), tuple(self.scale.tolist()), tuple(self.margin.tolist())
+        scored_by = partial(self._scored_by, dtype=dtype)
+        plan = self._planner(present, [len(p) for p in prototypes], scored_by, self.training, key)
+        if self.training:
+            if not all(seen):
+                owners = self._masks.T.nonzero()[:, 1].tolist()  # The case of each block.
+                self.seen[[case for case, count in zip(owners, plan.counts, strict=True) if count]] = True
+            share_between_ranks(self.seen, self)
+        return grouped_logits(rows, prototypes, plan, labels, self._norms(prototypes)), plan.factor[:, 0] > 0
 
     def _norms(self, prototypes: list[Tensor]) -> list[Tensor]:
         """The prototypes' inverse norms; in inference, remembered until the prototypes change."""
+        prototypes = [p.detach() for p in prototypes]
         own = [self.prototypes[name].detach() for name in self.modalities]
         if (
-            sum(p.numel() for p in own) < SMALL
-            or self.training
+            self.training
             or torch.is_grad_enabled()
+            or sum(p.numel() for p in own) < SMALL
             or any(p.is_inference() for p in own)
         ):
-            return [inverse_norm(p.detach()) for p in prototypes]
+            return [inverse_norm(p) for p in prototypes]
         # A write to `.data` leaves the version as it was, but hardly the first numbers of all the prototypes.
         key = [(p.data_ptr(), p._version, wide.dtype) for p, wide in zip(own, prototypes, strict=True)]
         first = [p[..., 0] for p in own]
         if self._known is None or self._known[0] != key or not all(map(torch.equal, self._known[1], first)):
-            self._known = key, [x.clone() for x in first], [inverse_norm(p.detach()) for p in prototypes]
+            self._known = key, [x.clone() for x in first], [inverse_norm(p) for p in prototypes]
         return self._known[2]
 
-    def _groups(self, present: Tensor) -> list[Group]:
-        """The rows by what they have and the case that scores them; in training marks these cases as seen."""
-        members: dict[tuple[bool, ...], list[int]] = {}
-        for row, has in enumerate(present.tolist()):
-            members.setdefault(tuple(has), []).append(row)
-        seen, scale, margin = self.seen.tolist(), self.scale.tolist(), self.margin.tolist()
-        groups, cases = [], set()
-        for has, rows in members.items():
-            case, parts = self._place(has, None if self.training else tuple(seen))
-            if parts:
-                groups.append(Group(rows, parts, scale[case], margin[case]))
-                cases.add(case)
-        if self.training:
-            if new := [case for case in cases if not seen[case]]:
-                self.seen[new] = True
-            share_between_ranks(self.seen, self)
-        return groups
-
-    def _place(self, has: tuple[bool, ...], seen: tuple[bool, ...] | None) -> tuple[int, tuple[tuple[int, int], ...]]:
-        """The case that scores rows of one kind, and its modalities with their blocks; worked out once."""
-        if (has, seen) not in self._places:
-            case, active = self._route(torch.tensor([has], device="cpu"))
-            blocks = self._block[case[0]].tolist()
-            parts = tuple((m, blocks[m]) for m in active[0].nonzero()[:, 0].tolist())
-            self._places[has, seen] = int(case), parts
-        return self._places[has, seen]
+    def _scored_by(self, present: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The blocks that score the rows and their constants: see :meth:`protohead.plan.Plan.of`."""
+        case, active = self._route(present)
+        blocks = self._masks.sum(0)
+        block = torch.where(active, 1 + self._block[case] + blocks.cumsum(0) - blocks, 0)
+        count = active.sum(1)
+        # A row that nothing scores keeps its zeros.
+        scale, margin = torch.where(count > 0, torch.stack([self.scale[case], self.margin[case]]), 0)
+        return block, torch.stack([scale / count.clamp(min=1), scale.where(count > 0, 1), margin])[:, :, None].to(dtype)
 
     def _mark_seen(self, case: Tensor, active: Tensor) -> None:
         order = torch.arange(len(self.cases), device=case.device)
@@ -598,6 +585,8 @@ class DecoupledPrototypeHead(nn.Module):
         """Features and prototypes in the dtype in which they are computed."""
         prototypes = [self.prototypes[name] for name in self.modalities]
         dtype = _wide(*rows, *prototypes)
+        if {x.dtype for x in rows + prototypes} == {dtype}:
+            return rows, prototypes
         return [x.to(dtype) for x in rows], [p.to(dtype) for p in prototypes]
 
 

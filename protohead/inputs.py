@@ -65,7 +65,7 @@ def _named(features: Features, widths: Mapping[str, int]) -> dict[str, Tensor]:
             raise ValueError(
                 f"Expected argument `features` to be of shape (B, {total}) for {dict(widths)}, but got {got}."
             )
-        features = dict(zip(widths, features.split(list(widths.values()), dim=1), strict=True))
+        features = dict(zip(widths, features.split_with_sizes([*widths.values()], dim=1), strict=True))
     elif not isinstance(features, Mapping):
         raise TypeError(f"Expected argument `features` to be a tensor or a mapping, but got {type(features).__name__}.")
     if unknown := [name for name in features if name not in widths]:

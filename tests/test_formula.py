@@ -161,6 +161,11 @@ def test_both_roads_agree(modalities):
     """Eager CPU groups the rows; graphs and GPUs score every block and choose. One formula, and one gradient."""
     head = make(modalities)
     features, present = every_case(head, rows=3)
+    # A case with more rows than are padded, and garbage where nothing is.
+    present = torch.cat([present, present[:1].expand(9, -1)])
+    features = {name: torch.cat([x, torch.randn(9, x.shape[1]).to(x)]) for name, x in features.items()}
+    for m, x in enumerate(features.values()):
+        x[~present[:, m]] = math.nan
     head({name: x[:2] for name, x in features.items()}, present[:2])
     hard = torch.arange(len(present)) % 4
     hard[1] = -100
@@ -189,6 +194,51 @@ def test_second_derivatives():
     labels = torch.arange(len(present)) % 2
     inputs = [x.requires_grad_() for x in features.values()] + list(head.prototypes.values())
     assert torch.autograd.gradgradcheck(lambda a, b, *_: head({"a": a, "b": b}, present, labels), inputs)
+
+
+def test_second_derivatives_after_inference():
+    """What inference mode has remembered of the same rows can be used in training."""
+    head = DecoupledPrototypeHead({"a": 3, "b": 2}, 2, dtype=torch.float64)
+    features, present = every_case(head, rows=1)
+    with torch.inference_mode():
+        head(features, present)
+    rows = [x.requires_grad_() for x in features.values()]
+    logits = head(features, present)
+    grads = torch.autograd.grad(logits.square().sum(), rows, create_graph=True)
+    torch.autograd.grad(sum(g.square().sum() for g in grads), rows)
+
+
+def test_many_modalities_with_few_cases():
+    """More kinds of rows than are kept in a table."""
+    names = [f"m{m}" for m in range(10)]
+    cases = ["+".join(names), "m0+m1", *names]
+    torch.manual_seed(0)
+    head = DecoupledPrototypeHead(dict.fromkeys(names, 4), 3, cases=cases, dtype=torch.float64).eval()
+    present = torch.rand(40, 10) < 0.3
+    rows = [torch.randn(40, 4, dtype=torch.float64) for _ in names]
+    for a in (head, head.train()):
+        torch.testing.assert_close(a._grouped(rows, present, None), a._every_block(rows, present, None))
+
+
+def test_plans_of_small_batches_follow_what_they_depend_on():
+    head = make(2)
+    features, present = every_case(head, rows=1)
+    for change in (
+        lambda: head.eval(),
+        lambda: head.seen.copy_(torch.tensor([True, False, False])),
+        lambda: head.scale.fill_(3),
+        lambda: head.train(),
+        lambda: head.margin.fill_(0.3),
+        lambda: head.float(),
+    ):
+        change()
+        labels, rows = torch.arange(len(present)) % 4, list(features.values())
+        seen = head.seen.clone()
+        for _ in range(2):
+            found = head._grouped(rows, present, labels)
+            head.seen.copy_(seen)
+            torch.testing.assert_close(found, head._every_block(rows, present, labels))
+            head.seen.copy_(seen)
 
 
 def published_head(head, features, missing_type, labels, y):

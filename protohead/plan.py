@@ -1,0 +1,123 @@
+"""What is multiplied by what on the CPU: the rows of a batch in order of the blocks of prototypes that score them."""
+
+from collections.abc import Callable, Hashable, Sequence
+from itertools import accumulate, chain, pairwise, product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Plan", "Planner"]
+
+FEW = 4  # Where most blocks of a modality have no more rows, those are padded to as many and multiplied in one batch.
+KINDS = 2**8  # So many kinds of rows, by what they have, are looked up in a table.
+SMALL, PLANS = 2**6, 2**8  # Of masks with no more elements, so many plans are remembered.
+
+
+class Padding(NamedTuple):
+    """Blocks with few entries, each padded to FEW."""
+
+    slots: Tensor  # (V, FEW) 1 + the entry in each slot, 0 for none
+    place: Tensor  # (N,) the slot of each entry, counted through all blocks; any where an entry is in none
+
+    @classmethod
+    def of(cls, number: Tensor) -> "Padding":
+        """For so many entries of each block; where that is more than FEW, the slots stay empty."""
+        start, room = number.cumsum(0) - number, torch.arange(FEW, device=number.device)
+        slots = torch.where(room < number.where(number <= FEW, 0)[:, None], start[:, None] + room + 1, 0)
+        block = torch.arange(len(number), device=number.device).repeat_interleave(number)
+        place = torch.arange(len(block), device=number.device) - start[block]
+        return cls(slots, block * FEW + place.clamp_(max=FEW - 1))
+
+    def part(self, low: int, high: int, first: int, count: int) -> "Padding":
+        """That of the blocks from `low` to `high`, whose entries are `count` from `first`."""
+        return Padding((self.slots[low:high] - first).clamp_(min=0), self.place[first : first + count] - low * FEW)
+
+
+class Share(NamedTuple):
+    """What one modality multiplies. Its entries are the rows that it scores, in order of their blocks."""
+
+    rows: Tensor  # (N,) the row of each entry
+    first: int  # how many entries the modalities before have
+    alone: list[tuple[int, slice]]  # blocks that are multiplied one by one, and their entries
+    padding: "Padding | None"  # where the others are, of which there are none without
+
+
+class Plan(NamedTuple):
+    """What is multiplied by what."""
+
+    shares: list[Share]
+    counts: list[int]  # the entries of each block, counted through all modalities
+    block: Tensor  # (B, M) 1 + the block that scores a row, counted likewise; 0 for none
+    places: Tensor  # (B, M) 1 + the entry, counted likewise; 0 for none
+    starts: Tensor  # (B,) where each row's begin when they are flat
+    factor: Tensor  # (B, 1) scale / |c|
+    scale: Tensor  # (B, 1)
+    margin: Tensor  # (B, 1)
+
+    @classmethod
+    def of(cls, block: Tensor, constants: Tensor, blocks: Sequence[int]) -> "Plan":
+        """From `block`, the (3, B, 1) factor, scale and margin, and the number of blocks of each modality."""
+        flat = block.flatten()
+        order, number = flat.argsort(stable=True), flat.bincount(minlength=1 + sum(blocks))
+        none, *counts = number.tolist()
+        position = torch.arange(1 - none, 1 - none + len(order), device=order.device).clamp_(min=0)
+        places = torch.empty_like(order).scatter_(0, order, position).view_as(block)
+        rows = order.div_(block.shape[1], rounding_mode="floor")
+        shares, stop, padding = [], none, None
+        for low, high in pairwise(accumulate(blocks, initial=0)):
+            begin, alone, own = stop, [], None
+            if sum(0 < n <= FEW for n in counts[low:high]) >= max(4, (high - low) / 2):
+                padding = padding or Padding.of(number[1:])
+                own = padding.part(low, high, begin - none, sum(counts[low:high]))
+            for v, n in enumerate(counts[low:high]):
+                start, stop = stop, stop + n
+                if n > (0 if own is None else FEW):
+                    alone.append((v, slice(start - begin, stop - begin)))
+            shares.append(Share(rows[begin:stop], begin - none, alone, own))
+        starts = torch.arange(0, len(flat), max(1, block.shape[1]), device=flat.device)
+        return cls(shares, counts, block, places, starts, *constants)
+
+
+class Planner:
+    """Makes plans. It remembers what scores each kind of row, and the plans of small batches."""
+
+    def __init__(self) -> None:
+        self._known: dict[bool, tuple[Hashable, Tensor, Tensor, dict[tuple[bool, ...], Plan]]] = {}
+
+    def __call__(
+        self,
+        present: Tensor,
+        blocks: Sequence[int],
+        scored_by: Callable[[Tensor], tuple[Tensor, Tensor]],
+        training: bool,
+        key: Hashable,
+    ) -> Plan:
+        """The plan of a batch.
+
+        Args:
+            present: (B, M) bool.
+            blocks: As in :meth:`Plan.of`.
+            scored_by: Gives the blocks and constants of rows by what they have, as :meth:`Plan.of` takes them.
+            training: The two modes are remembered beside each other,
+            key: each as long as this, on which `scored_by` depends, stays.
+        """
+        batch, modalities = present.shape
+        if 2**modalities > KINDS:
+            return Plan.of(*scored_by(present), blocks)
+        if training not in self._known or self._known[training][0] != key:
+            kinds = torch.tensor(list(product([False, True], repeat=modalities)), device=present.device)
+            self._known[training] = key, *scored_by(kinds), {}
+        _, block, constants, plans = self._known[training]
+        mask = tuple(chain(*present.tolist())) if batch * modalities <= SMALL else None
+        if mask is not None and mask in plans:
+            return plans[mask]
+        kind = present.new_zeros(batch, dtype=torch.int64)
+        for column in present.unbind(1):
+            kind = 2 * kind + column
+        plan = Plan.of(block.index_select(0, kind), constants.index_select(1, kind), blocks)
+        if mask is not None:
+            if len(plans) == PLANS:
+                plans.clear()
+            plans[mask] = plan
+        return plan
