@@ -167,14 +167,19 @@ class Paper(nn.Module):
 
 
 class Ours(nn.Module):
-    """The head with its defaults, trained by its `loss`; options of the head, and, as `objective`, of its loss."""
+    """What the README recommends: scale 20, and the head's own `loss`, with options of the head and of the loss."""
 
     def __init__(
-        self, widths: Widths, num_classes: int, objective: Mapping[str, Any] | None = None, **options: Any
+        self,
+        widths: Widths,
+        num_classes: int,
+        scale: float = 20.0,
+        objective: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.objective = dict(objective or {})
-        self.head = DecoupledPrototypeHead(widths, num_classes, **options)
+        self.head = DecoupledPrototypeHead(widths, num_classes, scale=scale, **options)
 
     def forward(self, features: Features, present: Tensor) -> Tensor:
         """(B, K)."""
@@ -186,9 +191,9 @@ class Ours(nn.Module):
         return self.head.loss(features, present, labels, **self.objective)
 
 
-def shared(widths: Widths, num_classes: int, scale: float = 20.0, **options: Any) -> nn.Module:
-    """What the README recommends: one prototype for each modality and class, for all cases, and scale 20."""
-    return Ours(widths, num_classes, scale=scale, cases=case_names(list(widths))[:1], **options)
+def shared(widths: Widths, num_classes: int) -> nn.Module:
+    """The same with one prototype for each modality and class, which all cases share."""
+    return Ours(widths, num_classes, cases=case_names(list(widths))[:1])
 
 
 def cosine_head(widths: Widths, num_classes: int) -> nn.Module:
@@ -224,14 +229,15 @@ METHODS: dict[str, Callable[[Widths, int], nn.Module]] = {
     "undecomposed": Undecomposed,
     "paper, no prototype loss": partial(Paper, prototype_weight=0.0),
     "paper": Paper,
-    "protohead, decoupled": partial(Ours, scale=20.0),
-    "protohead": shared,
+    "protohead, shared": shared,
+    "protohead": Ours,
 }
 # Parts of the whole taken away, one at a time.
 ABLATIONS: dict[str, Callable[[Widths, int], nn.Module]] = {
-    "protohead, no sub-cases": partial(shared, objective={"subcase_weight": 0.0}),
-    "protohead, not centered": partial(shared, centered=False),
-    "protohead, scale 32": partial(shared, scale=32.0),
+    "protohead, no sub-cases": partial(Ours, objective={"subcase_weight": 0.0}),
+    "protohead, no prototype loss": partial(Ours, objective={"prototype_weight": 0.0}),
+    "protohead, not centered": partial(Ours, centered=False),
+    "protohead, scale 32": partial(Ours, scale=32.0),
 }
 # Other ways to predict with a method that is trained the same.
 PREDICTORS: dict[str, dict[str, Callable[[nn.Module, Features, Tensor], Tensor]]] = {

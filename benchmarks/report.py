@@ -5,7 +5,7 @@ import csv
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,7 @@ Setting = tuple[str, float]  # What is missing, and at which rate.
 Row = Sequence[str | float]
 OURS, UNTRAINED, NO_MASK = "protohead", "paper, no fall-back", "paper, least entropy"
 FEW, THREE = ("linear", "late fusion", "cosine head", "paper", OURS), ("linear", "paper", OURS)
-ALL_ROWS, NO_CASES = "all rows", ("all rows", "mean of cases", "(nothing)")
-LACKING, ENOUGH = ("all", 0.7), 30  # ENOUGH rows of a case, for its score to say something.
+ALL_ROWS, LACKING, ENOUGH = "all rows", ("all", 0.7), 30  # ENOUGH rows of a case, for its score to say something.
 SHORT = {"linear, modality dropout": "linear, dropout", "paper, no prototype loss": "paper, no proto. loss"}
 # Okabe and Ito's colours, which the colour-blind tell apart.
 COLORS = {"linear": "#444b55", "late fusion": "#e69f00", "cosine head": "#009e73", "paper": "#0072b2", OURS: "#d55e00"}
@@ -35,8 +34,8 @@ T = (
 class Results:
     """The CSV, without the settings and seeds in which a main method is not finished, so that means compare.
 
-    A cell is data and what is missing in training; then, where these are other than in training, what is missing in the
-    test, as (kind, rate, share of the mask that is wrong), and the case whose rows count.
+    A cell is data and what is missing in training; then, if other than in training, what is missing in the test, as
+    (kind, rate, share of the mask that is wrong), and the case whose rows count.
     """
 
     def __init__(self, path: Path) -> None:
@@ -77,7 +76,7 @@ class Results:
         """The mean over the cells, for each seed that they all have."""
         found = [self.get(data, method, *rest, metric=metric) for data, *rest in cells]
         seeds = set.intersection(*map(set, found)) if found else set()
-        return {seed: mean(scores[seed] for scores in found) for seed in sorted(seeds)}
+        return {seed: mean([scores[seed] for scores in found]) for seed in sorted(seeds)}
 
     def mean(self, method: str, cells: Iterable[tuple[Any, ...]], metric: str = "macro_f1") -> float:
         """The mean over cells and seeds."""
@@ -96,9 +95,8 @@ class Results:
         return middle, (middle > half) - (middle < -half), text
 
 
-def mean(values: Iterable[float]) -> float:
+def mean(values: Collection[float]) -> float:
     """NaN of nothing."""
-    values = list(values)
     return math.fsum(values) / len(values) if values else math.nan
 
 
@@ -148,8 +146,10 @@ def verdict(r: Results) -> list[str]:
         told += sum(x[4] != "–" for x in found)
         worse += [[x[0], at(x[1]), f"`{other}`", percent(x[2], "+"), x[4]] for x in found if x[3] < 0]
     better, worse_than, level = (", ".join(groups[side]) or "none" for side in (1, -1, 0))
+    said = f"On average it is significantly better than {better}; worse than {worse_than}; neither: {level}."
+    said = said if told else "No two seeds to compare it by, so nothing is significant."
     lines = [
-        f"{len(r.methods)} classifiers on the same frozen features of {', '.join(r.data)}, with",
+        f"{len(r.methods)} classifiers on the same frozen features of {'; '.join(r.data)}, with",
         f"{rates} % of the rows lacking a modality; {len(r.seeds)} seed(s), of missing tables, initialisation and",
         "order of rows. Every method had the same learning rates and epochs to choose from, by macro-F1 on the",
         "validation split; all scores are of the test split, in percent; ± is the standard deviation of our own over",
@@ -157,9 +157,7 @@ def verdict(r: Results) -> list[str]:
         f"{len(r.every)}. Intervals (95 %, Student's t, paired by seed) show the luck of the seed, not how other data",
         "would do. Significant is what excludes 0; there is no correction for multiple comparisons.",
         f"**{r.unfinished} settings and seeds are unfinished, and left out.**" * (r.unfinished > 0),
-        f"\n**Over all cells `{OURS}` has a mean macro-F1 of {percent(r.mean(OURS, r.every))}. On average it is",
-        f"significantly better than {better}; significantly worse than {worse_than}; not told apart from",
-        f"{level}.**" + " With one seed, nothing can be significant." * (not told),
+        f"\n**Over all cells `{OURS}` has a mean macro-F1 of {percent(r.mean(OURS, r.every))}. {said}**",
         *table((f"`{OURS}` minus", "difference", "95 %", "cells better", "cells worse"), rows),
     ]
     text = f"There are cells in which `{OURS}` is significantly worse: {len(worse)} of {told} comparisons."
@@ -185,10 +183,9 @@ def crosswise(r: Results) -> list[str]:
         scores = {kind: [marked([r.mean(m, cell) for m in THREE]) for cell in cells] for kind, cells in tests.items()}
         rows = [[at(kind), *(" / ".join(texts) for texts in row)] for kind, row in scores.items()]
         lines += [f"### {data}", *table(["trained ↓, tested →", *map(at, tests)], rows)]
-    keys = [key for key in r.lines if key[1] == OURS and not key[3][2] and key[4] not in NO_CASES]
-    keys = [key for key in keys if (*key[:3], (*key[2], 0.0), key[4]) not in r.lines]  # Training had no such rows.
-    unseen = [(key[0], *key[2:]) for key in keys if mean(r.get(*key, metric="rows").values()) >= ENOUGH]
-    if unseen:
+    # A case that is not in its own test was not in training either.
+    keys = [x for x in r.lines if x[1] == OURS and not x[3][2] and (*x[:3], (*x[2], 0.0), x[4]) not in r.lines]
+    if unseen := [(key[0], *key[2:]) for key in keys if mean(r.get(*key, metric="rows").values()) >= ENOUGH]:
         lines += [f"### Cases that training lacked\n\nOn their rows alone, where a test has {ENOUGH} of them or more."]
         lines += compared(r, "mean of", [(f"{len(unseen)} cases", unseen)], methods=(*FEW[:3], UNTRAINED, *FEW[3:]))
         for a, b in (("paper", UNTRAINED), (OURS, "paper"), (OURS, "linear")):
@@ -250,8 +247,7 @@ def draw(r: Results, path: Path, names: Callable[[str], Sequence[str]], size: tu
         for axis, name in zip_longest(row, names(data)):
             panel(r, axis, data, name) if name else axis.set_axis_off()
         row[0].set_ylabel(data.replace(", ", ",\n") + "\n" + row[0].get_ylabel())
-    if (found := figure.axes[0].get_legend_handles_labels())[0]:
-        figure.legend(*found, loc="outside upper center", ncols=len(FEW), frameon=False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -274,8 +270,9 @@ def draw_matrix(r: Results, axis: Any, data: str, method: str) -> None:
     axis.imshow(every[method], cmap="cividis", vmin=low, vmax=high)
     for (i, j), x in np.ndenumerate(every[method]):
         axis.text(j, i, percent(x), ha="center", va="center", color="k" if 2 * x > low + high else "w")
-    labels = [at(kind).replace(", ", "\n") for kind in kinds]
-    axis.set(xticks=range(len(kinds)), xticklabels=labels, yticks=range(len(kinds)), yticklabels=labels)
+    labels = [at(kind) for kind in kinds]
+    axis.set_xticks(range(len(kinds)), labels, rotation=35, ha="right")
+    axis.set_yticks(range(len(kinds)), labels)
     axis.set(title=method, xlabel="missing in test", ylabel="missing in training")
 
 
@@ -300,7 +297,7 @@ def draw_reliability(r: Results, axis: Any, data: str, case: str) -> None:
         axis.plot(said / count, right / count, color=COLORS[method], marker=MARKS[method], ms=4, label=method)
     errors = [f"{m} {percent(r.mean(m, [(data, LACKING, (*LACKING, 0.0), case)], 'ece'))}" for m in THREE]
     axis.set_title(f"{case}\nECE: {', '.join(errors)}", fontsize=8)
-    axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="probability", ylabel="share that is right")
+    axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal", xlabel="probability", ylabel="share that is right")
 
 
 def write_report(path: Path) -> None:

@@ -26,7 +26,6 @@ from typing import Any
 
 import open_clip
 import torch
-import torch.nn.functional as F
 from presets import VARIANTS, published
 from rows import MODALITIES, READERS, InputError, Rows, missing_of, present_of, read, split_rows
 from torch import Tensor
@@ -61,7 +60,8 @@ def build(settings: dict[str, Any]) -> tuple[PrototypeClassifier, Any, Any, Any]
     except Exception as error:  # open_clip and the model hub raise many kinds.
         tags = f"; its tags: {', '.join(open_clip.list_pretrained_tags_by_model(name))}" if tag else ""
         raise InputError(f"Expected --model and --pretrained that load, but got {error}{tags}.") from error
-    options = {key: settings[key] for key in ("trainable", "scale", "margin")}
+    # A preset is DPL's: its head has no center and no bias.
+    options = {key: settings[key] for key in ("trainable", "scale", "margin")} | {"centered": not settings["preset"]}
     try:
         return attach(clip, len(settings["classes"]), **options), augment, transform, tokenizer
     except ValueError as error:
@@ -91,12 +91,12 @@ def encoded(model: PrototypeClassifier, data: Rows, arguments: argparse.Namespac
     return TensorDataset(*(torch.cat(column).to(arguments.device) for column in zip(*columns, strict=True)))
 
 
-def logits_of(forward: Any, batch: Sequence[Tensor], arguments: argparse.Namespace, labels: Tensor | None) -> Tensor:
-    """The logits of the whole model on inputs, or of its head on features."""
+def run(forward: Any, batch: Sequence[Tensor], arguments: argparse.Namespace, *training: Any) -> Tensor:
+    """The logits of the whole model on inputs, or of its head on features; with labels and objective, the loss."""
     inputs = {"image": batch[0].to(arguments.device), "text": batch[1].to(arguments.device)}
     with torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.amp):
-        logits: Tensor = forward(inputs, batch[2], labels)
-    return logits
+        result: Tensor = forward(inputs, batch[2], *training)
+    return result
 
 
 @torch.no_grad()
@@ -105,8 +105,7 @@ def predict(model: PrototypeClassifier, data: Any, arguments: argparse.Namespace
     model.eval()
     forward = model.head if isinstance(data, TensorDataset) else model
     outputs = [
-        (logits_of(forward, batch, arguments, None).cpu(), batch[2].cpu(), batch[3].cpu())
-        for batch in batches(data, arguments)
+        (run(forward, batch, arguments).cpu(), batch[2].cpu(), batch[3].cpu()) for batch in batches(data, arguments)
     ]
     logits, present, targets = (torch.cat(column) for column in zip(*outputs, strict=True))
     return logits, present, targets
@@ -186,15 +185,13 @@ def train(arguments: argparse.Namespace) -> None:
         chosen = [p for p in model.encoders.parameters() if p.requires_grad]
         groups.append({"params": chosen, "lr": arguments.encoder_lr})
     optimizer = torch.optim.AdamW(groups)
-    criterion = F.binary_cross_entropy_with_logits if several else F.cross_entropy
+    objective = {"prototype_weight": arguments.weight} | ({"subcase_weight": 0.0} if arguments.preset else {})
     loader, best, path = batches(data["train"], arguments, train=True), -1.0, arguments.output / "model.safetensors"
     with tqdm(total=arguments.epochs * len(loader), desc="training") as progress:
         for epoch in range(1, arguments.epochs + 1):
             model.train()
             for batch in loader:
-                target = batch[3].to(arguments.device)
-                logits = logits_of(forward, batch, arguments, target)
-                loss = criterion(logits, target) + arguments.weight * model.head.prototype_loss()
+                loss = run(forward, batch, arguments, batch[3].to(arguments.device), objective)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -294,8 +291,8 @@ def main() -> None:
     option("--lr", type=float, default=1e-2, help="learning rate of the head (default: 0.01)")
     # Larger ones soon destroy what CLIP knows.
     option("--encoder-lr", type=float, default=1e-5, help="learning rate of what is --trainable (default: 1e-5)")
-    # The published MM-IMDb settings. Try scales of 16 to 64 and λ of 0.1 to 10, and keep what validates best.
-    option("--scale", type=float, default=32.0, help="of the cosines (default: 32)")
+    # Try scales of 16 to 64 and λ of 0.1 to 10, and keep what validates best.
+    option("--scale", type=float, default=20.0, help="of the cosines (default: 20)")
     option("--margin", type=float, help="radians, for all cases (default: 0.1 for complete rows, 0.15 for others)")
     option("--weight", type=float, default=0.9, help="λ, of the prototype loss (default: 0.9)")
     option("--amp", action="store_true", help="compute in bfloat16 where that is safe")

@@ -18,7 +18,6 @@ from typing import Any
 import open_clip
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
 from shapes import CLASSES, draw
 from torch.distributed.fsdp import fully_shard
@@ -116,8 +115,8 @@ def train(model: PrototypeClassifier, wrapped: Any, data: TensorDataset, argumen
             wrapped.train()
             for batch in loader:
                 image, text, present, labels = (x.to(device) for x in batch)
-                loss = F.cross_entropy(wrapped({"image": image, "text": text}, present, labels), labels)
-                loss = loss + arguments.weight * model.head.prototype_loss()  # One backward pass for both.
+                objective = {"prototype_weight": arguments.weight}
+                loss = wrapped({"image": image, "text": text}, present, labels, objective)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -60,18 +60,17 @@ class Collator:
 
 
 class PrototypeTrainer(transformers.Trainer):
-    """Trainer with the prototype loss."""
+    """Trainer with the head's loss."""
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Cross-entropy + λ · prototype loss; the margins are for training only."""
+        """In training the head's whole objective, with sub-cases and prototype loss; in evaluation cross-entropy."""
         labels = inputs["labels"]
-        logits = model(inputs["inputs"], inputs["present"], labels if model.training else None)
-        loss = F.cross_entropy(logits, labels)
         if model.training:
-            whole: Any = self.model  # `model` may be wrapped, for several GPUs.
-            loss = loss + PROTOTYPE_WEIGHT * whole.head.prototype_loss()
+            return model(inputs["inputs"], inputs["present"], labels, {"prototype_weight": PROTOTYPE_WEIGHT})
+        logits = model(inputs["inputs"], inputs["present"])
+        loss = F.cross_entropy(logits, labels)
         # What the second holds beside the loss comes to `compute_metrics` as its predictions.
         return (loss, {"logits": logits, "present": inputs["present"]}) if return_outputs else loss
 

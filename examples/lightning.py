@@ -16,7 +16,6 @@ from typing import Any
 
 import open_clip
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from pytorch_lightning import LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -46,11 +45,10 @@ class MissingModalities(LightningModule):
         self.scores: Any = nn.ModuleDict({name: MetricCollection(metrics).clone(prefix=f"{name}/") for name in names})
 
     def training_step(self, batch: dict[str, Any], _: int) -> Tensor:
-        """Cross-entropy with the margins + λ · prototype loss."""
-        logits = self.model(batch["inputs"], batch["present"], batch["labels"])
-        loss = F.cross_entropy(logits, batch["labels"])
-        loss = loss + PROTOTYPE_WEIGHT * self.model.head.prototype_loss()
-        self.log("loss", loss, prog_bar=True, batch_size=len(logits))
+        """The head's whole objective: cross-entropy with margins, sub-cases and λ · prototype loss."""
+        objective = {"prototype_weight": PROTOTYPE_WEIGHT}
+        loss: Tensor = self.model(batch["inputs"], batch["present"], batch["labels"], objective)
+        self.log("loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
         return loss
 
     def validation_step(self, batch: dict[str, Any], _: int) -> None:

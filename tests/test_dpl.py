@@ -201,3 +201,15 @@ def test_parameters_and_dtypes():
     head = load_dpl(state, "hatememes", K)
     assert {p.dtype for p in head.parameters()} == {torch.float16}
     assert all(p.requires_grad and p.is_leaf for p in head.parameters())
+
+
+def test_a_center_or_bias_has_no_place_in_dpl():
+    head = DecoupledPrototypeHead({"image": 8, "text": 8}, 5, shared_space=True)
+    checkpoint = {f"food101_pl_head.{name}": torch.zeros(5, 8) for name in ("image", "text", "image_only", "text_only")}
+    to_dpl(head, checkpoint, "food101")  # Zeros are as if there were none.
+    for state in (head.bias.data, head.center):
+        state[0] = 1.0
+        with pytest.raises(ValueError, match="without center and bias"):
+            to_dpl(head, checkpoint, "food101")
+        state.zero_()
+    assert not load_dpl(checkpoint, "food101", num_classes=5).centered

@@ -73,8 +73,8 @@ def attach(
             return attach_in_place(backbone, num_classes, prototype_weight, head_options)
     if prototype_weight is not None:
         raise ValueError(
-            "Expected `prototype_weight` for the modules of MAP and DCP only: in your own loop, add "
-            "`weight * model.head.prototype_loss()` to the loss."
+            "Expected `prototype_weight` for the modules of MAP and DCP only: in your own loop, give "
+            "it to `model.head.loss`, or in the `objective` of the model."
         )
     check_count("num_classes", num_classes)
     for family in (open_clip, transformers):

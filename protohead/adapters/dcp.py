@@ -34,7 +34,7 @@ def attach_dcp(
         module: DCP's CLIPransformerSS, with one task. Changed in place.
         num_classes: K, that of the old classifier.
         prototype_weight: λ; None is 0.9.
-        head_options: For :class:`~protohead.DecoupledPrototypeHead`; ``shared_space=True`` by default.
+        head_options: As in :func:`~protohead.adapters.map.attach_map`.
 
     Returns:
         The same module.

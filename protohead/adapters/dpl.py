@@ -68,6 +68,7 @@ def load_dpl(
         scale=scale,
         margin=margin,
         shared_space=True,
+        centered=False,
         device="cpu",
         dtype=first.dtype,
     )
@@ -99,6 +100,8 @@ def to_dpl(
     if set(head.modalities) != {"image", "text"} or len(head.cases) != 3:
         got = f"{head.modalities} and {head.cases}"
         raise ValueError(f"Expected a head for image and text with all three cases, but got {got}.")
+    if any(x is not None and x.any() for x in (head.bias, head.center)):
+        raise ValueError("Expected a head without center and bias, for which DPL has no place; train `centered=False`.")
     state = _state_dict(checkpoint)
     names = _checked(state, task, names)
     transpose = _is_transposed(state, names, head.num_classes)

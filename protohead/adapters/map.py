@@ -82,7 +82,8 @@ def attach_map(
         num_classes: K, that of the old classifier.
         prototype_weight: λ. None is 0.9; of the 47 published runs that have the loss, 0.1, 0.6 and 0.9 are the most
             common (six each).
-        head_options: For :class:`~protohead.DecoupledPrototypeHead`; ``shared_space=True`` by default.
+        head_options: For :class:`~protohead.DecoupledPrototypeHead`; ``shared_space=True`` and, since MAP's own loop
+            has the paper's objective, ``centered=False`` by default.
 
     Returns:
         The same module.
@@ -157,7 +158,9 @@ def install(
         raise ValueError(f"Expected argument `prototype_weight` to be a number of 0 or more, but got {weight!r}.")
     if "infer" in vars(module):
         raise ValueError(f"Expected `infer` to be a method of {type(module).__name__}, but this module has its own.")
-    options = {"shared_space": True, "device": last.weight.device, "dtype": last.weight.dtype, **head_options}
+    # In MAP's loop the classification loss is its own, which learns no center.
+    options = {"shared_space": True, "centered": False, **head_options}
+    options = {"device": last.weight.device, "dtype": last.weight.dtype, **options}
     head = DecoupledPrototypeHead({"image": width, "text": width}, num_classes, **options)
 
     setattr(module, name, TaskHead(head, float(weight)).train(old.training))
