@@ -82,7 +82,10 @@ class Rows(NamedTuple):
 
 
 def rows_of(data: Data, split: str, missing: str, rate: float, seed: int, flipped: float = 0.0) -> Rows:
-    """The rows of a split as they are with some modalities missing; `flipped` of the mask's entries are wrong."""
+    """The rows of a split as they are with some modalities missing.
+
+    Each entry of the mask is wrong with the probability `flipped`, except where that would leave a row nothing.
+    """
     index, modalities = data.rows[split], list(data.features)
     given = data.given[index]
     present = given
@@ -244,8 +247,8 @@ def finished(path: Path) -> set[tuple[str, ...]]:
     """The keys of the tasks whose lines are in the CSV; those of the last one, which may be incomplete, are removed."""
     if not path.exists():
         return set()
-    with open(path, newline="") as file:
-        lines = list(csv.DictReader(file))
+    whole = path.read_text().rpartition("\n")[0]  # The last line may be cut off.
+    lines = list(csv.DictReader(whole.splitlines()))
     if lines and tuple(lines[0]) != COLUMNS:
         raise ValueError(f"Expected {path} to be a CSV of this program to go on with, but its columns are others.")
     keys = [tuple(line[name] or "" for name in KEY) for line in lines]

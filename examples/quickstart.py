@@ -131,10 +131,10 @@ def train(
 ) -> tuple[float, Tensor, Tensor]:
     """Train one model; its best macro-F1 on validation over the epochs, and its logits on validation and test then."""
     torch.manual_seed(seed)
-    # This is the swap. One prototype for each modality and class; the head reads from the zeros what is missing.
+    # This is the swap. The head reads from the zeros which modalities are missing.
     model: nn.Module
     if method == "head":
-        model = DecoupledPrototypeHead(widths, num_classes, scale=scale, cases=["+".join(widths)])
+        model = DecoupledPrototypeHead(widths, num_classes, scale=scale)
     else:
         model = nn.Linear(sum(widths.values()), num_classes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)

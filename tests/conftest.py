@@ -1,10 +1,10 @@
-"""The examples are programs, not a package: tests import them by path, after the packages that they are named for."""
+"""Examples and benchmarks are programs, not packages: tests import them by path, after the packages they are named for."""
 
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
+sys.path += [str(Path(__file__).parent.parent / folder) for folder in ("examples", "benchmarks")]
 
 if (spec := find_spec("datasets")) and spec.origin is None:
     # The folder in examples; transformers and accelerate would take it for Hugging Face's package, and remember that.

@@ -1,0 +1,149 @@
+"""benchmarks/accuracy.py: the files that it reads, the rows that it makes of them, and a small run that is resumed."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import accuracy
+import numpy as np
+import pytest
+import torch
+from features import load
+from methods import ABLATIONS, METHODS, minimum_entropy, without_fall_back
+
+SMALL = accuracy.SMALL
+WIDTHS = {"image": 6, "text": 4}
+
+
+def arrays(rows=60, **changes):
+    rng = np.random.default_rng(0)
+    label = np.arange(rows) % 3
+    data = {
+        "image": rng.normal(size=(rows, 6)).astype(np.float16) + label[:, None],
+        "text": rng.normal(size=(rows, 4)).astype(np.float32),
+        "label": label,
+        "split": np.array(["train", "train", "val", "test"])[np.arange(rows) // 3 % 4],
+    }
+    return {name: x for name, x in {**data, **changes}.items() if x is not None}
+
+
+def written(path, **changes):
+    np.savez(path, **arrays(**changes))
+    return path
+
+
+def test_reads_one_label_or_several_and_natural_gaps(tmp_path):
+    data = load(written(tmp_path / "a.npz", has_text=np.arange(60) % 2 == 0))
+    assert data.widths == WIDTHS
+    assert (data.num_classes, data.labels.dtype) == (3, torch.int64)
+    assert data.given[:, 0].all()
+    assert torch.equal(data.given[:, 1], torch.arange(60) % 2 == 0)
+    assert not data.features["text"][1::2].any()
+    assert {name: len(rows) for name, rows in data.rows.items()} == {"train": 30, "val": 15, "test": 15}
+    several = load(written(tmp_path / "b.npz", label=np.eye(3, dtype=np.int8)[np.arange(60) % 3]))
+    assert (several.num_classes, several.labels.dtype) == (3, torch.float32)
+    three = load(written(tmp_path / "c.npz", audio=np.ones((60, 2))), ("image", "text", "audio"))
+    assert three.name == "c, image+text+audio"
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"text": None}, r"lacks \['text'\]; it has \['image', 'label', 'split'\]"),
+        ({"text": np.ones((60, 4), dtype=int)}, "int64"),
+        ({"text": np.full((60, 4), np.nan)}, "'text' row 0"),
+        ({"has_text": np.ones(3, dtype=bool)}, r"\(60,\), but got \(3,\)"),
+        ({"label": np.arange(60) - 1}, "integers from 0"),
+        ({"label": np.full((60, 3), 0.5)}, "of 0 and 1, but got float64"),
+        ({"label": np.arange(60) // 59}, r"in the training split of .*, but \[1\] are not"),
+        ({"split": np.array(["train", "dev", "test"] * 20)}, r"\['dev', 'test', 'train'\]"),
+        ({"label": np.array([{}] * 60)}, "cannot be read"),
+    ],
+)
+def test_wrong_files(tmp_path, changes, match):
+    with pytest.raises(ValueError, match=match):
+        load(written(tmp_path / "a.npz", **changes))
+
+
+def test_rows_lack_what_is_said_and_wrong_masks_are_wrong(tmp_path):
+    data = load(written(tmp_path / "a.npz", rows=4800))
+    right, again = (accuracy.rows_of(data, "test", "image", 0.7, 1) for _ in range(2))
+    assert right.present.sum(0).tolist() == [360, 1200]
+    assert torch.equal(right.present, again.present)
+    assert not torch.equal(right.present, accuracy.rows_of(data, "test", "image", 0.7, 2).present)
+    assert not right.features["image"][~right.present[:, 0]].any()
+    wrong = accuracy.rows_of(data, "test", "image", 0.7, 1, flipped=0.2)
+    share = (wrong.present != right.present).float().mean()
+    assert 0.11 < share < 0.18  # A fifth, less what would have left a row nothing.
+    assert wrong.present.any(1).all()
+    # What is called missing is gone; what is called present, but is not there, stays zeros.
+    there = wrong.present & right.present
+    for m, (name, x) in enumerate(wrong.features.items()):
+        assert torch.equal(x, torch.where(there[:, m, None], data.features[name][data.rows["test"]], 0))
+
+
+def test_every_method_learns():
+    torch.manual_seed(0)
+    labels = torch.arange(90) % 3
+    features = {name: torch.eye(3, d)[labels] + 0.1 * torch.randn(90, d) for name, d in WIDTHS.items()}
+    present = torch.tensor([[1, 1], [1, 0], [0, 1]]).bool()[torch.arange(90) // 3 % 3]
+    features = {name: torch.where(present[:, m, None], x, 0) for m, (name, x) in enumerate(features.items())}
+    for name, build in (METHODS | ABLATIONS).items():
+        for y in (labels, torch.eye(3)[labels]):
+            model = build(WIDTHS, 3)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.03)
+            for _ in range(60):
+                optimizer.zero_grad()
+                model.train().loss(features, present, y).backward()
+                optimizer.step()
+            model.eval()
+            right = (model(features, present).argmax(1) == labels).float().mean()
+            assert right > 0.95, name
+            if name == "paper" and y is labels:
+                assert (minimum_entropy(model, features, present).argmax(1) == labels).float().mean() > 0.9
+                head = model.head
+                head.seen[2] = False
+                assert not torch.equal(model(features, present), without_fall_back(model, features, present))
+                assert head.seen.tolist() == [True, True, False]
+
+
+def run(output, *arguments):
+    command = [sys.executable, accuracy.__file__, "--quick", "--output", output, "--workers", "1", *arguments]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+
+
+def test_a_quick_run_and_its_resumption(tmp_path):
+    first = run(tmp_path)
+    assert first.returncode == 0, first.stderr
+    path = tmp_path / "accuracy.csv"
+    whole = path.read_text()
+    lines = list(csv.DictReader(whole.splitlines()))
+    assert {line["trained"] for line in lines} == {"linear", "paper", "protohead"}
+    assert {line["case"] for line in lines} == {"image+text", "image", "text", "all rows", "mean of cases"}
+    assert all(0.1 < float(line["macro_f1"]) < 1 for line in lines if line["case"] == "all rows")
+    assert "protohead" in (tmp_path / "RESULTS.md").read_text()
+    assert {file.name for file in tmp_path.glob("*.png")} >= {"accuracy_rates.png", "accuracy_matrix.png"}
+    # An interruption has left half of the third task.
+    kept = whole.splitlines(keepends=True)
+    own = [i for i, line in enumerate(kept) if line.startswith(",".join(kept[-1].split(",")[:5]))]
+    path.write_text("".join(kept[: own[0] + 2]) + kept[own[0] + 2][:9])
+    second = run(tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert "1/1" in second.stderr
+    assert sorted(path.read_text().splitlines()) == sorted(whole.splitlines())
+
+
+def test_wrong_arguments(tmp_path):
+    for arguments, message in (
+        (["--data", tmp_path / "none.npz"], "cannot be read"),
+        (["--modalities", "image,sound"], "lacks ['sound']"),
+        (["--workers", 0], "at least 1"),
+    ):
+        result = run(tmp_path, *arguments)
+        assert result.returncode == 2
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
+    (tmp_path / "accuracy.csv").write_text("a,b\n1,2\n")
+    assert "its columns are others" in run(tmp_path).stderr
+    assert Path(tmp_path / "accuracy.csv").read_text() == "a,b\n1,2\n"
