@@ -12,6 +12,7 @@ float32 and under bfloat16 autocast.
 import argparse
 import csv
 import functools
+import math
 import os
 import platform
 import statistics
@@ -34,7 +35,9 @@ from tqdm import tqdm
 from protohead import DecoupledPrototypeHead
 
 HERE = Path(__file__).parent
-METHODS = ("nn.Linear", "head", "linear per case", "ArcFaceLoss", "gather")
+METHODS = ("nn.Linear", "head", "head, shared", "products alone", "linear per case", "ArcFaceLoss", "gather")
+COLORS = ("#444b55", "#d1495b", "#e98a95", "#2a9d6f", "#8a8f98", "#3d7ea6", "#e0a030")
+PROTOTYPES = (101, 1000)  # Numbers of classes for the prototype loss, of two blocks of two modalities, 512 wide.
 
 
 class Size(NamedTuple):
@@ -72,6 +75,27 @@ class PerCase(nn.Module):
             mask = case == number
             if mask.any():
                 out[mask] = layer(x[mask])
+        return out
+
+
+class Products(nn.Module):
+    """The limit: for each missing case one product of its rows, of the modalities they have, and a weight."""
+
+    def __init__(self, size: Size, present: Tensor) -> None:
+        super().__init__()
+        self.classes, self.groups = size.classes, []
+        for has in present.unique(dim=0):
+            rows = (present == has).all(1).nonzero()[:, 0]
+            columns = torch.arange(size.modalities * size.width, device=present.device).view(size.modalities, -1)[has]
+            self.groups.append((rows, columns.flatten()))
+        self.weights = nn.ParameterList(
+            nn.Parameter(torch.randn(size.classes, len(columns)) / size.width**0.5) for _, columns in self.groups
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        out = x.new_zeros(len(x), self.classes)
+        for (rows, columns), weight in zip(self.groups, self.weights, strict=True):
+            out = out.index_copy(0, rows, x[rows[:, None], columns] @ weight.T)
         return out
 
 
@@ -114,10 +138,13 @@ def method(name: str, size: Size, device: torch.device) -> tuple[nn.Module, Call
     _, present, _ = batch_of(size, device)
     case = (present.long() << torch.arange(size.modalities, device=device)).sum(1)
     total = size.modalities * size.width
-    if name == "head":
+    if name in ("head", "head, shared"):
         widths = {f"m{m}": size.width for m in range(size.modalities)}
-        head = DecoupledPrototypeHead(widths, size.classes, device=device)
+        cases = None if name == "head" else ["+".join(widths)]
+        head = DecoupledPrototypeHead(widths, size.classes, cases=cases, device=device)
         return head, lambda head, x, y: head(x, present, y), ()
+    if name == "products alone":
+        return Products(size, present).to(device), lambda products, x, y: products(x), ()
     if name == "nn.Linear":
         return nn.Linear(total, size.classes, device=device), lambda layer, x, y: layer(x), ()
     if name == "linear per case":
@@ -222,6 +249,46 @@ def print_memory(name: str, size: Size) -> None:
     print(resident("VmHWM") - before)
 
 
+def plain_prototype_loss(head: DecoupledPrototypeHead) -> Tensor:
+    """The formula with all similarities at once."""
+    flat = F.normalize(torch.cat(list(head.prototypes.values())), dim=2).flatten(0, 1)
+    classes = torch.arange(len(flat), device=flat.device) % head.num_classes
+    similarity = (flat @ flat.T).fill_diagonal_(-math.inf)
+    log_share = similarity - similarity.logsumexp(1, keepdim=True)
+    positive = (classes[:, None] == classes).fill_diagonal_(False)
+    return -(torch.where(positive, log_share, 0).sum(1) / positive.sum(1)).mean()
+
+
+def prototype_losses(classes: int, device: torch.device) -> dict[str, Callable[[], None]]:
+    """The prototype loss and its gradient: the plain form, and the head's."""
+    torch.manual_seed(0)
+    widths = {"image": 512, "text": 512}
+    head = DecoupledPrototypeHead(widths, classes, shared_space=True, device=device)
+
+    def step(loss: Callable[[], Tensor]) -> None:
+        head.zero_grad()
+        loss().backward()
+
+    return {
+        "plain": functools.partial(step, functools.partial(plain_prototype_loss, head)),
+        "head": functools.partial(step, head.prototype_loss),
+    }
+
+
+def measure_prototype_losses(device: torch.device, seconds: float) -> str:
+    """A Markdown table of medians, the two taking turns."""
+    lines = ["| prototype loss and gradient, K | plain | head | ratio |", "|---|---|---|---|"]
+    for classes in PROTOTYPES:
+        functions, samples = prototype_losses(classes, device), {"plain": list[float](), "head": list[float]()}
+        end = time.monotonic() + seconds
+        while time.monotonic() < end or len(samples["head"]) < 5:
+            for name, function in functions.items():
+                samples[name].append(timed(function, 1, device))
+        plain, ours = (1e3 * statistics.median(samples[name][1:]) for name in ("plain", "head"))
+        lines.append(f"| {classes} | {plain:.1f} ms | {ours:.1f} ms | {ours / plain:.2f} |")
+    return "\n".join(lines)
+
+
 def resident(what: str) -> float:
     """MiB of this process in memory now (VmRSS) or at its peak (VmHWM); Linux tells."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -266,7 +333,7 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
     figure, axes = plt.subplots(
         1, len(modes), figsize=(5.5 * len(modes), 4), sharey=True, layout="constrained", squeeze=False
     )
-    colors = dict(zip(METHODS, ("#444b55", "#d1495b", "#8a8f98", "#3d7ea6", "#e0a030"), strict=True))
+    colors = dict(zip(METHODS, COLORS, strict=True))
     for axis, mode in zip(axes[0], modes, strict=True):
         sizes = list(dict.fromkeys((row["size"], row["M"]) for row in rows if row["mode"] == mode))
         for name in METHODS[1:]:
@@ -334,11 +401,12 @@ def main() -> None:
                 ]
                 progress.update()
             if device.type == "cpu" and Path("/proc/self/status").exists():
-                for name in METHODS[:2]:
+                for name in METHODS[:3]:
                     value = f"{peak_memory(name, size):.1f}"
                     rows.append({**common, "mode": "CPU", "what": "peak memory", "method": name, "value": value})
             progress.update()
-    text = f"{machine(device)}\n\n{table(rows)}\n"
+    torch.set_num_threads(1)
+    text = f"{machine(device)}\n\n{table(rows)}\n\n{measure_prototype_losses(device, seconds)}\n"
     (arguments.output / "speed.md").write_text(text)
     with (arguments.output / "speed.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))

@@ -143,8 +143,10 @@ def train(
         model.train()
         for batch in torch.randperm(len(rows.labels)).split(BATCH_SIZE):
             x, y = rows.features[batch], rows.labels[batch]
-            ours = isinstance(model, DecoupledPrototypeHead)
-            loss = model.loss(x, None, y) if ours else F.cross_entropy(model(x), y)
+            if isinstance(model, DecoupledPrototypeHead):  # noqa: SIM108 - this is what changes, in the open
+                loss = model.loss(x, None, y)
+            else:
+                loss = F.cross_entropy(model(x), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -1,4 +1,4 @@
-"""Examples and benchmarks are programs, not packages: tests import them by path, after the packages they are named for."""
+"""Examples and benchmarks are programs, not packages: tests import them by path, after packages of the same name."""
 
 import sys
 from importlib.util import find_spec
