@@ -8,6 +8,7 @@ from pathlib import Path
 import accuracy
 import numpy as np
 import pytest
+import shots
 import torch
 from features import load
 from methods import ABLATIONS, METHODS, minimum_entropy, without_fall_back
@@ -147,3 +148,15 @@ def test_wrong_arguments(tmp_path):
     (tmp_path / "accuracy.csv").write_text("a,b\n1,2\n")
     assert "its columns are others" in run(tmp_path).stderr
     assert Path(tmp_path / "accuracy.csv").read_text() == "a,b\n1,2\n"
+
+
+def test_shots(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(shots, "SHOTS", (1, 0))
+    monkeypatch.setattr(shots, "EPOCHS", 1)
+    monkeypatch.setattr(sys, "argv", ["shots.py", str(written(tmp_path / "a.npz", rows=240)), "--seeds", "2"])
+    shots.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 2 * len(shots.STARTS)
+    assert lines[0].endswith("| image+text | image | text | all rows | mean of cases |")
+    one = shots.pick(accuracy.rows_of(load(tmp_path / "a.npz"), "train", "none", 0.0, 0), 1, 3, 0)
+    assert sorted(one.labels.tolist()) == [0, 1, 2]

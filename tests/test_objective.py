@@ -332,3 +332,20 @@ def test_the_loss_of_rows():
     for labels, smoothing in itertools.product((HARD[:3], SOFT[:3]), (0.0, 0.1)):
         losses, weights = classification_loss(torch.randn(3, 4), labels, None, smoothing)
         assert losses.shape == weights.shape == (3,)
+
+
+def test_eight_modalities_share_one_block_each():
+    widths = {name: 3 for name in "abcdefgh"}
+    head = build(widths, cases=["+".join(widths)])
+    assert {tuple(p.shape) for p in head.prototypes.values()} == {(1, 4, 3)}
+    features = batch(40, widths)
+    present = torch.rand(40, 8, generator=torch.Generator().manual_seed(0)) < 0.4
+    labels = torch.arange(40) % 4
+    head.loss(features, present, labels).backward()
+    assert all(p.grad.any() for p in head.parameters())
+    every = head.eval()(features, present)
+    moved = dict(zip(widths, torch.cat(list(features.values()), 1).sub(head.center).split(3, 1), strict=True))
+    unit = {name: F.normalize(x) @ F.normalize(head.prototypes[name][0]).T for name, x in moved.items()}
+    total = torch.where(present[:, :, None], torch.stack(list(unit.values()), 1), 0).sum(1)
+    expected = 32 * total / present.sum(1, keepdim=True).clamp(min=1) + head.bias
+    torch.testing.assert_close(every, torch.where(present.any(1)[:, None], expected, 0))
