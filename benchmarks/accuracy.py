@@ -181,7 +181,7 @@ def run(task: Task) -> list[dict[str, Any]]:
                 line |= {"method": name, "learning_rate": f"{learning_rate:g}", "epoch": str(epoch)}
                 line |= {"validation": f"{score:.4f}", "test_missing": missing, "test_rate": f"{rate:g}"}
                 line |= {"flipped": f"{flipped:g}", "case": str(row["case"]), "rows": str(row["rows"])}
-                if task.rate == rate == 0.7 and not flipped:
+                if (task.missing, task.rate) == (missing, rate) == ("all", 0.7) and not flipped:
                     line["reliability"] = reliability(logits, test, line["case"], list(data.features))
                 lines.append(line | {name: f"{row[name]:.4f}" for name in METRICS if name in row})
     return lines

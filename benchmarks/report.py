@@ -54,7 +54,7 @@ class Results:
                 test = x["test_missing"], float(x["test_rate"]), float(x["flipped"])
                 self.lines[block[0], x["method"], block[1], test, x["case"]][block[2]] = x
         self.data = list(dict.fromkeys(key[0] for key in self.lines))
-        self.seeds = {block[2] for block in kept}
+        self.seeds = {data: len({block[2] for block in kept if block[0] == data}) for data in self.data}
         self.methods = [method for method in METHODS if any(method in main[data] for data in self.data)]
         cells: set[Any] = {block[:2] for block in kept}
         self.every = sorted(cells, key=lambda c: (self.data.index(c[0]), c[1][1], c[1][0] == "all", c))
@@ -148,10 +148,12 @@ def verdict(r: Results) -> list[str]:
     better, worse_than, level = (", ".join(groups[side]) or "none" for side in (1, -1, 0))
     said = f"On average it is significantly better than {better}; worse than {worse_than}; neither: {level}."
     said = said if told else "No two seeds to compare it by, so nothing is significant."
+    data = "; ".join(f"{name} ({count} seed{'s' * (count > 1)})" for name, count in r.seeds.items())
     lines = [
-        f"{len(r.methods)} classifiers on the same frozen features of {'; '.join(r.data)}, with",
-        f"{rates} % of the rows lacking a modality; {len(r.seeds)} seed(s), of missing tables, initialisation and",
-        "order of rows. Every method had the same learning rates and epochs to choose from, by macro-F1 on the",
+        f"{len(r.methods)} classifiers on the same frozen features of {data}, with",
+        f"{rates} % of the rows lacking a modality. The seeds are of missing tables, initialisation and order of rows,",
+        "and where data are averaged those that all have. Every method had the same learning rates and epochs to",
+        "choose from, by macro-F1 on the",
         "validation split; all scores are of the test split, in percent; ± is the standard deviation of our own over",
         "seeds. A cell is a data set with a kind and rate of missing modality, alike in training and test; there are",
         f"{len(r.every)}. Intervals (95 %, Student's t, paired by seed) show the luck of the seed, not how other data",
