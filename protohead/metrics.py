@@ -141,7 +141,8 @@ def fit_temperature(
 
     T minimises cross-entropy, or binary cross-entropy with several labels, over the case's rows: take them from
     validation. Predictions of one label stay as they are, and so do those of several at a threshold of 0.5. The
-    head's logits are cosines times ``head.scale``, which takes T in, after training: see the example.
+    logits of a head with ``centered=False`` are cosines times ``head.scale``, which takes T in, after training: see the
+    example. Where there is a bias, which T divides too, divide the logits.
 
     Args:
         logits: As in :func:`evaluate`.
@@ -164,7 +165,7 @@ def fit_temperature(
             chance.
 
     Example:
-        >>> head = DecoupledPrototypeHead({"image": 3, "text": 3}, num_classes=3)
+        >>> head = DecoupledPrototypeHead({"image": 3, "text": 3}, num_classes=3, centered=False)
         >>> labels = torch.arange(90) % 3
         >>> noise = torch.randn(90, 6, generator=torch.Generator().manual_seed(0))
         >>> features = torch.eye(3)[labels].repeat(1, 2) + noise
