@@ -217,14 +217,16 @@ def measure(size: Size, device: torch.device, compiled: bool, seconds: float) ->
             continue
         functions |= {(name, what): f for what, f in steps(name, size, device, compiled).items()}
     repeats, samples = {}, {key: list[float]() for key in functions}
-    for key, function in functions.items():
-        first = timed(function, 1, device)  # Slow ones, the gather above all, are known by now.
-        repeats[key] = max(1, int(2e-3 / (first if first > 1 else timed(function, 3, device))))
+    for (name, what), function in functions.items():
+        timed(function, 1, device)
+        if name == METHODS[0]:
+            # As often for all: where a method is called again and again, its weights stay in the caches.
+            repeats[what] = max(1, int(2e-3 / timed(function, 3, device)))
     end = time.monotonic() + seconds
     while time.monotonic() < end or len(samples[METHODS[0], "forward"]) < 5:
         for key, function in functions.items():
             if key[0] != "gather" or not samples[key]:  # It is so slow that once tells how much.
-                samples[key].append(timed(function, repeats[key], device))
+                samples[key].append(timed(function, 1 if key[0] == "gather" else repeats[key[1]], device))
     return {key: statistics.median(values) for key, values in samples.items()}
 
 

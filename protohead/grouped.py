@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from protohead.functional import add_angular_margin, case_cosine, phi, phi_slope
-from protohead.plan import Plan
+from protohead.plan import Plan, Share
 
 __all__ = ["grouped_logits", "inverse_norm"]
 
@@ -26,6 +26,7 @@ def grouped_logits(
     plan: Plan,
     labels: Tensor | None = None,
     norms: Sequence[Tensor] | None = None,
+    centers: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """Logits of rows by the blocks of prototypes that score them, with margins where there are labels.
 
@@ -35,6 +36,7 @@ def grouped_logits(
         plan: Which blocks score a row. One that none scores gets zeros.
         labels: As in :func:`protohead.functional.add_angular_margin`.
         norms: The :func:`inverse_norm` of the prototypes, M tensors (V_m, K), where they are known.
+        centers: M tensors (D_m,) that are subtracted from the rows and take no gradient.
 
     Returns:
         (B, K).
@@ -51,9 +53,11 @@ def grouped_logits(
     """
     if norms is None:
         norms = [inverse_norm(p.detach()) for p in prototypes]
+    if centers is None:
+        centers = [None] * len(rows)
     if not torch.is_grad_enabled():
-        return _score(plan, labels, norms, rows, prototypes)[0]
-    result: Tensor = _GroupedLogits.apply(plan, labels, norms, *rows, *prototypes)
+        return _score(plan, labels, norms, centers, rows, prototypes)[0]
+    result: Tensor = _GroupedLogits.apply(plan, labels, norms, centers, *rows, *prototypes)
     return result
 
 
@@ -63,15 +67,28 @@ def inverse_norm(x: Tensor, keepdim: bool = False) -> Tensor:
     return norm.reciprocal_().nan_to_num_(nan=math.nan, posinf=0.0)
 
 
+def _entries(share: Share, x: Tensor, center: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The rows that a modality scores, centered and normalised, (N, D_m); and their inverse norms, (N, 1)."""
+    unit = x.index_select(0, share.rows)
+    if center is not None:
+        unit.sub_(center)
+    inverse = inverse_norm(unit, keepdim=True)
+    return unit.mul_(inverse), inverse
+
+
 def _score(
-    plan: Plan, labels: Tensor | None, norms: Sequence[Tensor], rows: Sequence[Tensor], prototypes: Sequence[Tensor]
+    plan: Plan,
+    labels: Tensor | None,
+    norms: Sequence[Tensor],
+    centers: Sequence[Tensor | None],
+    rows: Sequence[Tensor],
+    prototypes: Sequence[Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
     """The logits, and what the backward pass needs of them."""
     cosines = rows[0].new_empty(1 + sum(plan.counts), prototypes[0].shape[1])
     cosines[0].zero_()  # That of what is missing.
-    for share, x, w, norm in zip(plan.shares, rows, prototypes, norms, strict=True):
-        unit = x.index_select(0, share.rows)
-        unit.mul_(inverse_norm(unit, keepdim=True))
+    for share, x, center, w, norm in zip(plan.shares, rows, centers, prototypes, norms, strict=True):
+        unit, _ = _entries(share, x, center)
         part = cosines.narrow(0, 1 + share.first, len(unit))
         if share.padding is not None:
             padded = w.bmm(_padded(unit, share.padding.slots).mT).mul_(norm[:, :, None]).mT.flatten(0, 1)
@@ -104,23 +121,25 @@ class _GroupedLogits(torch.autograd.Function):
         plan: Plan,
         labels: Tensor | None,
         norms: Sequence[Tensor],
+        centers: Sequence[Tensor | None],
         *tensors: Tensor,
     ) -> Tensor:
         half = len(tensors) // 2
-        out, saved = _score(plan, labels, norms, tensors[:half], tensors[half:])
-        ctx.plan, ctx.labels, ctx.norms = plan, labels, norms
+        out, saved = _score(plan, labels, norms, centers, tensors[:half], tensors[half:])
+        ctx.plan, ctx.labels, ctx.norms, ctx.centers = plan, labels, norms, centers
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *saved)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed, none = ctx.needs_input_grad[3:], (None,) * 3
+        needed, none = ctx.needs_input_grad[4:], (None,) * 4
         if grad is None:
             return *none, *[None for _ in needed]
         tensors, half, plan = ctx.saved_tensors[: len(needed)], len(needed) // 2, ctx.plan
         if torch.is_grad_enabled():  # A gradient of the gradient is wanted: autograd's own, of the plain formula.
-            logits = _differentiable(plan, ctx.labels, tensors[:half], tensors[half:])
+            rows = [x if center is None else x - center for x, center in zip(tensors[:half], ctx.centers, strict=True)]
+            logits = _differentiable(plan, ctx.labels, rows, tensors[half:])
             wanted = [x for x, need in zip(tensors, needed, strict=True) if need]
             grads = iter(torch.autograd.grad(logits, wanted, grad, create_graph=True, materialize_grads=True))
             return *none, *[next(grads) if need else None for need in needed]
@@ -129,17 +148,18 @@ class _GroupedLogits(torch.autograd.Function):
             grad = _before_margin(grad, cosine[0], ctx.labels, plan.margin).mul_(plan.factor)
         else:
             grad = grad * plan.factor
-        pairs = [
-            _gradients(plan, m, tensors[m], tensors[half + m], ctx.norms[m], grad, cosines, needed[m], needed[half + m])
-            for m in range(half)
-        ]
+        pairs = []
+        for m, share in enumerate(plan.shares):
+            own = tensors[m], ctx.centers[m], tensors[half + m], ctx.norms[m]
+            pairs.append(_gradients(share, plan.places[:, m], *own, grad, cosines, needed[m], needed[half + m]))
         return *none, *chain(*zip(*pairs, strict=True))
 
 
 def _gradients(
-    plan: Plan,
-    m: int,
+    share: Share,
+    places: Tensor,
     x: Tensor,
+    center: Tensor | None,
     w: Tensor,
     norm: Tensor,
     grad: Tensor,
@@ -148,10 +168,7 @@ def _gradients(
     need_w: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """One modality's gradients. Each loses its part along the vector, whose length does not count."""
-    share = plan.shares[m]
-    unit = x.index_select(0, share.rows)
-    inverse = inverse_norm(unit, keepdim=True)
-    unit.mul_(inverse)
+    unit, inverse = _entries(share, x, center)
     grad = grad.index_select(0, share.rows)
     along = grad * cosines.narrow(0, 1 + share.first, len(unit))
     to_w = torch.empty_like(w) if need_w else None
@@ -179,7 +196,7 @@ def _gradients(
         return None, to_w
     to_x[0].zero_()  # That of what is missing.
     steps.addcmul_(unit, along.sum(1, keepdim=True), value=-1).mul_(inverse)
-    return to_x.index_select(0, (plan.places[:, m] - share.first).clamp_(min=0)), to_w
+    return to_x.index_select(0, (places - share.first).clamp_(min=0)), to_w
 
 
 def _before_margin(grad: Tensor, cosine: Tensor, labels: Tensor, margin: Tensor) -> Tensor:

@@ -449,11 +449,8 @@ class DecoupledPrototypeHead(nn.Module):
 
     def _logits(self, rows: list[Tensor], present: Tensor, labels: Tensor | None) -> Tensor:
         road = self._grouped if _reads_values(present) else self._every_block
-        logits, scored = road(self._centered(rows), present, labels)
-        if self.bias is None:
-            return logits
-        bias = self.bias.to(logits.dtype)
-        return logits + torch.where(scored[:, None], bias, 0)
+        logits, scored = road(rows, present, labels)
+        return logits if self.bias is None else torch.addcmul(logits, scored, self.bias.to(logits.dtype))
 
     def _objective(
         self,
@@ -505,17 +502,22 @@ class DecoupledPrototypeHead(nn.Module):
         each, every = (x.repeat_interleave(widths, output_size=len(new)) for x in (count_of_all, self.center_rows))
         self.center += (new - each * self.center) / every.clamp(min=1)
 
-    def _centered(self, rows: list[Tensor]) -> list[Tensor]:
+    def _centers(self, dtype: torch.dtype) -> list[Tensor | None]:
+        """What is subtracted from each modality's features; a copy, as the next batch changes the mean in place."""
         if self.center is None:
-            return rows
-        centers = self.center.split(list(self.in_features.values()))
-        return [x - center.to(_wide(x)) for x, center in zip(rows, centers, strict=True)]
+            return [None] * len(self.modalities)
+        return [*self.center.to(dtype, copy=True).split_with_sizes([*self.in_features.values()])]
+
+    def _centered(self, rows: list[Tensor]) -> list[Tensor]:
+        dtype = _wide(*rows)
+        return [x if c is None else x - c for x, c in zip(rows, self._centers(dtype), strict=True)]
 
     def _every_block(self, rows: list[Tensor], present: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """The logits without a look at values: all blocks are multiplied, and each row takes its own.
 
-        Also which rows something scores.
+        Also (B, 1): 1 where a row is scored by anything, or 0.
         """
+        rows = self._centered(rows)
         case, active = self._route(present)
         if self.training:
             self._mark_seen(case, active)
@@ -524,7 +526,7 @@ class DecoupledPrototypeHead(nn.Module):
             # Without a margin φ is the identity: a row that nothing scores keeps its zeros.
             margin = torch.where(active.any(1), self.margin[case], 0)
             cosine = add_angular_margin(cosine, labels, margin.to(cosine.dtype))
-        return cosine * self.scale[case, None].to(cosine.dtype), active.any(1)
+        return cosine * self.scale[case, None].to(cosine.dtype), active.any(1, keepdim=True).to(cosine.dtype)
 
     def _grouped(self, rows: list[Tensor], present: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """The same on the CPU."""
@@ -538,7 +540,9 @@ class DecoupledPrototypeHead(nn.Module):
                 owners = self._masks.T.nonzero()[:, 1].tolist()  # The case of each block.
                 self.seen[[case for case, count in zip(owners, plan.counts, strict=True) if count]] = True
             share_between_ranks(self.seen, self)
-        return grouped_logits(rows, prototypes, plan, labels, self._norms(prototypes)), plan.factor[:, 0] > 0
+        norms, centers = self._norms(prototypes), self._centers(dtype)
+        scored = plan.scored.clone()  # Not of inference mode.
+        return grouped_logits(rows, prototypes, plan, labels, norms, centers), scored
 
     def _norms(self, prototypes: list[Tensor]) -> list[Tensor]:
         """The prototypes' inverse norms; in inference, remembered until the prototypes change."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Plan", "Planner"]
+__all__ = ["Plan", "Planner", "Share"]
 
 FEW = 4  # Where most blocks of a modality have no more rows, those are padded to as many and multiplied in one batch.
 KINDS = 2**8  # So many kinds of rows, by what they have, are looked up in a table.
@@ -54,6 +54,7 @@ class Plan(NamedTuple):
     factor: Tensor  # (B, 1) scale / |c|
     scale: Tensor  # (B, 1)
     margin: Tensor  # (B, 1)
+    scored: Tensor  # (B, 1) 1 where a row is scored by anything, or 0
 
     @classmethod
     def of(cls, block: Tensor, constants: Tensor, blocks: Sequence[int]) -> "Plan":
@@ -76,7 +77,8 @@ class Plan(NamedTuple):
                     alone.append((v, slice(start - begin, stop - begin)))
             shares.append(Share(rows[begin:stop], begin - none, alone, own))
         starts = torch.arange(0, len(flat), max(1, block.shape[1]), device=flat.device)
-        return cls(shares, counts, block, places, starts, *constants)
+        factor, scale, margin = constants
+        return cls(shares, counts, block, places, starts, factor, scale, margin, (factor > 0).to(factor.dtype))
 
 
 class Planner:
