@@ -151,15 +151,15 @@ def _contrast(prototypes: Tensor, seen: Tensor, temperature: float, sample: int 
     blocks, classes, _ = prototypes.shape
     if blocks == 1:  # No anchor has a positive.
         return prototypes.sum() * 0, seen.sum() * 0
-    # The positives of an anchor are summed before the product: a·(Σp) costs K·V·D, not (K·V)²·D.
-    others = torch.where(seen[:, None, None], prototypes, 0).sum(0) - prototypes
-    positives = seen.sum() - 1
-    mean_positive = (prototypes * others).sum(2) / positives.clamp(min=1) / temperature
+    # The positives of all anchors of a class, Σ_a Σ_{p≠a} a·p, are ‖Σ a‖² − Σ ‖a‖²: K·V·D, not (K·V)²·D.
+    total = torch.where(seen[:, None, None], prototypes, 0).sum(0)
+    length = torch.linalg.vector_norm(prototypes.detach(), dim=2)  # 1, or that of a zero vector.
+    positives = total.square().sum(1) - torch.where(seen[:, None], length.square(), 0).sum(0)
     flat = rearrange(prototypes, "v k d -> (v k) d")
     anchors = torch.arange(len(flat), device=flat.device)
     if sample is not None and sample < classes:
         drawn = torch.randperm(classes, device=flat.device)[:sample]
-        anchors, mean_positive = anchors.view(blocks, classes)[:, drawn].flatten(), mean_positive[:, drawn]
+        anchors, positives = anchors.view(blocks, classes)[:, drawn].flatten(), positives[drawn]
     contrasts = seen.repeat_interleave(classes)
     chunks = anchors.split(max(1, CHUNK // len(flat)))
     if len(chunks) > 1:  # One block of the similarities is held at a time, and made again in the backward pass.
@@ -167,14 +167,16 @@ def _contrast(prototypes: Tensor, seen: Tensor, temperature: float, sample: int 
         log_sum = torch.cat(sums)
     else:
         log_sum = _log_sum(flat, anchors, contrasts, temperature)
-    loss = rearrange(log_sum, "(v k) -> v k", v=blocks) - mean_positive
-    anchor = seen & (positives > 0)
-    return torch.where(anchor[:, None], loss, 0).sum(), anchor.sum() * mean_positive.shape[1]
+    log_sum = rearrange(log_sum, "(v k) -> v k", v=blocks)
+    others = seen.sum() - 1
+    loss = torch.where(seen[:, None], log_sum, 0).sum() - positives.sum() / others.clamp(min=1) / temperature
+    return torch.where(others > 0, loss, 0), torch.where(others > 0, seen.sum() * log_sum.shape[1], 0)
 
 
 def _log_sum(flat: Tensor, anchors: Tensor, contrasts: Tensor, temperature: float) -> Tensor:
     """The logarithm of Σ_{q≠a} exp(a·q/τ) of some anchors."""
-    similarity = flat[anchors] @ flat.T / temperature
-    other = anchors[:, None] != torch.arange(len(flat), device=flat.device)
+    chosen = flat if len(anchors) == len(flat) else flat[anchors]  # A copy, only where it must be.
     # Not -inf: a row with no contrast at all would put NaN into the backward pass.
-    return torch.where(contrasts & other, similarity, -1e30).logsumexp(1)
+    unseen = torch.where(contrasts, 0, -1e30).to(flat.dtype)
+    similarity = torch.addmm(unseen, chosen, flat.T, alpha=1 / temperature)
+    return similarity.scatter_(1, anchors[:, None], -1e30).logsumexp(1)
