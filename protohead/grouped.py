@@ -186,7 +186,7 @@ def _gradients(
             to_w[v].zero_()
     for v, here in share.alone:
         block, inverse_v = w[v], norm[v]
-        g = grad[here] * inverse_v
+        g = grad[here].mul_(inverse_v)  # In place: grad is a copy.
         if steps is not None:
             torch.mm(g, block, out=steps[here])
         if to_w is not None:
