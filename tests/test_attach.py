@@ -129,6 +129,25 @@ def test_the_users_order_of_modalities():
         assert attach(clip, 5, trainable="visual.proj").encoders["image+text"].clip.visual.proj.requires_grad
 
 
+def test_class_names_as_prototypes():
+    torch.manual_seed(0)
+    clip = open_clip.create_model("ViT-S-32").eval()
+    model = attach(clip, 3)
+    prompts = torch.randint(1, 1000, (6, clip.context_length))  # two templates of three names
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    inputs = inputs_of(clip)
+    with torch.no_grad():
+        names = clip.encode_text(prompts)
+        model.head.imprint({"image": names, "text": names}, labels)
+        model.eval()
+        picture_only = torch.tensor([True, False]).expand(3, 2)
+        logits = model(inputs, picture_only)
+        # As open_clip's own recipe has it: the normalised mean of a class's normalised templates.
+        weights = F.normalize(F.normalize(names, dim=1).view(2, 3, -1).mean(0), dim=1)
+        expected = F.normalize(clip.encode_image(inputs["image"]), dim=1) @ weights.T
+    torch.testing.assert_close(logits, 32 * expected, atol=1e-4, rtol=1e-5)
+
+
 def test_half_precision_and_gradient_checkpointing_of_open_clip():
     clip = open_clip.create_model("ViT-S-32", precision="bf16")
     clip.set_grad_checkpointing()
