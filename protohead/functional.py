@@ -5,13 +5,23 @@ cosines reach 1 early in half precision.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["add_angular_margin", "case_cosine", "normalize", "phi", "phi_slope", "prototype_contrast"]
+__all__ = [
+    "add_angular_margin",
+    "case_cosine",
+    "full_precision",
+    "normalize",
+    "phi",
+    "phi_slope",
+    "prototype_contrast",
+]
 
 CHUNK = 2**22  # Similarities held at a time in the prototype loss: 16 MiB of float32.
 
@@ -180,3 +190,10 @@ def _log_sum(flat: Tensor, anchors: Tensor, contrasts: Tensor, temperature: floa
     unseen = torch.where(contrasts, 0, -1e30).to(flat.dtype)
     similarity = torch.addmm(unseen, chosen, flat.T, alpha=1 / temperature)
     return similarity.scatter_(1, anchors[:, None], -1e30).logsumexp(1)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off, where it is on."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

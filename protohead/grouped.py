@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protohead.functional import add_angular_margin, case_cosine, phi, phi_slope
+from protohead.functional import add_angular_margin, case_cosine, full_precision, phi, phi_slope
 from protohead.plan import Plan, Share
 
 __all__ = ["grouped_logits", "inverse_norm"]
@@ -62,9 +62,9 @@ def grouped_logits(
 
 
 def inverse_norm(x: Tensor, keepdim: bool = False) -> Tensor:
-    """1 / ‖x‖ along the last dimension, (..., D) -> (...); 0 for a zero vector."""
+    """1 / ‖x‖ along the last dimension, (..., D) -> (...); 1 for a zero vector, as in ``functional.normalize``."""
     norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=keepdim)
-    return norm.reciprocal_().nan_to_num_(nan=math.nan, posinf=0.0)
+    return norm.reciprocal_().nan_to_num_(nan=math.nan, posinf=1.0)
 
 
 def _entries(share: Share, x: Tensor, center: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -126,9 +126,9 @@ class _GroupedLogits(torch.autograd.Function):
     ) -> Tensor:
         half = len(tensors) // 2
         out, saved = _score(plan, labels, norms, centers, tensors[:half], tensors[half:])
-        ctx.plan, ctx.labels, ctx.norms, ctx.centers = plan, labels, norms, centers
+        ctx.plan, ctx.norms, ctx.centers = plan, norms, centers
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *saved)
+        ctx.save_for_backward(*tensors, *saved, *([] if labels is None else [labels]))
         return out
 
     @staticmethod
@@ -136,23 +136,28 @@ class _GroupedLogits(torch.autograd.Function):
         needed, none = ctx.needs_input_grad[4:], (None,) * 4
         if grad is None:
             return *none, *[None for _ in needed]
-        tensors, half, plan = ctx.saved_tensors[: len(needed)], len(needed) // 2, ctx.plan
-        if torch.is_grad_enabled():  # A gradient of the gradient is wanted: autograd's own, of the plain formula.
-            rows = [x if center is None else x - center for x, center in zip(tensors[:half], ctx.centers, strict=True)]
-            logits = _differentiable(plan, ctx.labels, rows, tensors[half:])
-            wanted = [x for x, need in zip(tensors, needed, strict=True) if need]
-            grads = iter(torch.autograd.grad(logits, wanted, grad, create_graph=True, materialize_grads=True))
-            return *none, *[next(grads) if need else None for need in needed]
-        cosines, *cosine = ctx.saved_tensors[len(needed) :]
-        if cosine:  # A copy.
-            grad = _before_margin(grad, cosine[0], ctx.labels, plan.margin).mul_(plan.factor)
-        else:
-            grad = grad * plan.factor
-        pairs = []
-        for m, share in enumerate(plan.shares):
-            own = tensors[m], ctx.centers[m], tensors[half + m], ctx.norms[m]
-            pairs.append(_gradients(share, plan.places[:, m], *own, grad, cosines, needed[m], needed[half + m]))
-        return *none, *chain(*zip(*pairs, strict=True))
+        half, plan, centers = len(needed) // 2, ctx.plan, ctx.centers
+        saved = ctx.saved_tensors  # Once: activation checkpointing gives them no second time.
+        tensors, (cosines, *with_margin) = saved[: len(needed)], saved[len(needed) :]
+        with full_precision(grad.device):
+            if torch.is_grad_enabled():  # A gradient of the gradient is wanted: autograd's own, of the plain formula.
+                # Of views, as the gradient must not go on into what features have in common.
+                tensors = [x.view_as(x) for x in tensors]
+                rows = [x if center is None else x - center for x, center in zip(tensors[:half], centers, strict=True)]
+                logits = _differentiable(plan, with_margin[1] if with_margin else None, rows, tensors[half:])
+                wanted = [x for x, need in zip(tensors, needed, strict=True) if need]
+                grads = iter(torch.autograd.grad(logits, wanted, grad, create_graph=True, materialize_grads=True))
+                return *none, *[next(grads) if need else None for need in needed]
+            if with_margin:
+                cosine, labels = with_margin
+                grad = _before_margin(grad, cosine, labels, plan.margin).mul_(plan.factor)  # A copy.
+            else:
+                grad = grad * plan.factor
+            pairs = []
+            for m, share in enumerate(plan.shares):
+                own = tensors[m], centers[m], tensors[half + m], ctx.norms[m]
+                pairs.append(_gradients(share, plan.places[:, m], *own, grad, cosines, needed[m], needed[half + m]))
+            return *none, *chain(*zip(*pairs, strict=True))
 
 
 def _gradients(

@@ -2,8 +2,8 @@
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial, reduce
 from itertools import compress
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from protohead.cases import case_masks, nearest_case
-from protohead.functional import add_angular_margin, case_cosine, normalize, prototype_contrast
+from protohead.functional import add_angular_margin, case_cosine, full_precision, normalize, prototype_contrast
 from protohead.grouped import grouped_logits, inverse_norm
 from protohead.inputs import Features, check_count, check_labels, check_present, per_case, read_features
 from protohead.objective import (
@@ -90,7 +90,7 @@ class DecoupledPrototypeHead(nn.Module):
     scale: Tensor
     margin: Tensor
     seen: Tensor
-    _known: tuple[list[Any], list[Tensor], list[Tensor]] | None
+    _known: tuple[list[Any], list[weakref.ref[Tensor]], list[Tensor], list[Tensor]] | None
     _masks: Tensor
     _block: Tensor
 
@@ -189,7 +189,7 @@ class DecoupledPrototypeHead(nn.Module):
         rows, present = read_features(features, present, self.in_features)
         if labels is not None:
             check_labels(labels, present.shape[0], self.num_classes)
-        with _full_precision(present.device):
+        with full_precision(present.device):
             if objective is not None:
                 options = check_objective(objective, self.num_classes)
                 if labels is None:
@@ -217,7 +217,7 @@ class DecoupledPrototypeHead(nn.Module):
 
         In training mode the features' mean is learned too (a running mean over the rows that have the modality, of the
         last 10 000 or so), unless the head is not `centered`. With ``centered=False`` and ``subcase_weight=0`` this is
-        the paper's objective.
+        the paper's objective. Activation checkpointing must leave it out: to run it again would learn the mean again.
 
         Args:
             features: As in :meth:`forward`.
@@ -268,13 +268,15 @@ class DecoupledPrototypeHead(nn.Module):
         """
         rows, present = read_features(features, present, self.in_features)
         case, active = self._route(present)
-        with _full_precision(present.device):
+        with full_precision(present.device):
             cosine = torch.stack(self._mean_cosines(self._centered(rows), case, active), dim=1)
             parts = cosine * self.scale[case, None, None].to(cosine.dtype)
             if self.bias is None:
                 return parts
-            share = active / active.sum(1, keepdim=True).clamp(min=1)  # Of the bias, which belongs to none.
-            return parts + share[:, :, None].to(parts.dtype) * self.bias.to(parts.dtype)
+            share = active.to(parts.dtype) / active.sum(1, keepdim=True).clamp(
+                min=1
+            )  # Of the bias, which belongs to none.
+            return parts + share[:, :, None] * self.bias.to(parts.dtype)
 
     def prototype_loss(self, temperature: float = 1.0, sample: int | None = None) -> Tensor:
         """The prototype loss (PRC) of the cases seen so far: see :func:`protohead.functional.prototype_contrast`.
@@ -298,7 +300,7 @@ class DecoupledPrototypeHead(nn.Module):
         blocks = [seen[self._masks[:, m]] for m in range(len(self.modalities))]
         prototypes = [gather_for_loss(self.prototypes, name, self) for name in self.modalities]
         dtype = _wide(*prototypes)
-        with _full_precision(seen.device):
+        with full_precision(seen.device):
             return prototype_contrast([p.to(dtype) for p in prototypes], blocks, self.shared_space, temperature, sample)
 
     def case_index(self, present: Tensor) -> Tensor:
@@ -344,7 +346,7 @@ class DecoupledPrototypeHead(nn.Module):
         if not labels.is_floating_point():
             labels = (labels[:, None] == torch.arange(self.num_classes, device=labels.device)).float()
         unknown, given = {}, []
-        with torch.no_grad(), _full_precision(present.device):
+        with torch.no_grad(), full_precision(present.device):
             for m, name in enumerate(self.modalities):
                 prototype, here = self.prototypes[name], present[:, m, None]
                 dtype = _wide(rows[m], prototype)
@@ -377,9 +379,11 @@ class DecoupledPrototypeHead(nn.Module):
     def reset(self, num_classes: int) -> None:
         """Start anew with another number of classes. The Parameters are new: give them to the optimizer."""
         refuse_sharded(self, "reset")
+        old = dict(self.named_parameters())
         parameter = next(self.parameters())
         self._new_prototypes(num_classes, parameter.device, parameter.dtype)
-        self.requires_grad_(parameter.requires_grad)
+        for name, new in self.named_parameters():
+            new.requires_grad_(old[name].requires_grad)
         self.reset_parameters()
 
     def extra_repr(self) -> str:
@@ -408,11 +412,18 @@ class DecoupledPrototypeHead(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         if (state := state_dict.get(f"{prefix}_extra_state")) is not None:
             self.set_extra_state(state)  # Before anything is copied.
-        if self.bias is not None and not any(f"{prefix}{name}" in state_dict for name in BEYOND):
+        scale = state_dict.get(f"{prefix}scale")  # Without it the checkpoint is not of a head at all.
+        if self.bias is not None and scale is not None and not any(f"{prefix}{name}" in state_dict for name in BEYOND):
             # A head of the paper's, or one before there was a center, is the same with zeros.
             for name in BEYOND:
-                state_dict[f"{prefix}{name}"] = torch.zeros_like(getattr(self, name))  # type: ignore[index]
+                own = getattr(self, name)
+                zeros = torch.zeros_like(own, device=scale.device if own.is_meta else None)
+                state_dict[f"{prefix}{name}"] = zeros  # type: ignore[index]
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the remembered norms, which belong to these very prototypes."""
+        return {**self.__dict__, "_known": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DecoupledPrototypeHead":
         # Buffers follow the device only: `half()` must not round a margin, nor `to_empty()` wipe what was seen.
@@ -448,7 +459,9 @@ class DecoupledPrototypeHead(nn.Module):
         return case, present & self._masks[case]
 
     def _logits(self, rows: list[Tensor], present: Tensor, labels: Tensor | None) -> Tensor:
-        road = self._grouped if _reads_values(present) else self._every_block
+        # Only the other road differentiates labels.
+        reads = _reads_values(present) and (labels is None or not labels.requires_grad)
+        road = self._grouped if reads else self._every_block
         logits, scored = road(rows, present, labels)
         return logits if self.bias is None else torch.addcmul(logits, scored, self.bias.to(logits.dtype))
 
@@ -509,7 +522,7 @@ class DecoupledPrototypeHead(nn.Module):
         return [*self.center.to(dtype, copy=True).split_with_sizes([*self.in_features.values()])]
 
     def _centered(self, rows: list[Tensor]) -> list[Tensor]:
-        dtype = _wide(*rows)
+        dtype = _wide(*rows, *self.prototypes.values())
         return [x if c is None else x - c for x, c in zip(rows, self._centers(dtype), strict=True)]
 
     def _every_block(self, rows: list[Tensor], present: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -547,7 +560,7 @@ class DecoupledPrototypeHead(nn.Module):
     def _norms(self, prototypes: list[Tensor]) -> list[Tensor]:
         """The prototypes' inverse norms; in inference, remembered until the prototypes change."""
         prototypes = [p.detach() for p in prototypes]
-        own = [self.prototypes[name].detach() for name in self.modalities]
+        own = [self.prototypes[name] for name in self.modalities]
         if (
             self.training
             or torch.is_grad_enabled()
@@ -557,10 +570,22 @@ class DecoupledPrototypeHead(nn.Module):
             return [inverse_norm(p) for p in prototypes]
         # A write to `.data` leaves the version as it was, but hardly the first numbers of all the prototypes.
         key = [(p.data_ptr(), p._version, wide.dtype) for p, wide in zip(own, prototypes, strict=True)]
-        first = [p[..., 0] for p in own]
-        if self._known is None or self._known[0] != key or not all(map(torch.equal, self._known[1], first)):
-            self._known = key, [x.clone() for x in first], [inverse_norm(p) for p in prototypes]
-        return self._known[2]
+        first = [p[..., 0].detach() for p in own]
+        known = self._known
+        if (
+            known is None
+            or known[0] != key
+            or any(ref() is not p for ref, p in zip(known[1], own, strict=True))
+            or not all(map(torch.equal, known[2], first))
+        ):
+            known = (
+                key,
+                [weakref.ref(p) for p in own],
+                [x.clone() for x in first],
+                [inverse_norm(p) for p in prototypes],
+            )
+            self._known = known
+        return known[3]
 
     def _scored_by(self, present: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The blocks that score the rows and their constants: see :meth:`protohead.plan.Plan.of`."""
@@ -608,10 +633,3 @@ def _reads_values(present: Tensor) -> bool:
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
     recording = tracing or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return present.device.type == "cpu" and not recording
-
-
-def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast off, where it is on."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()

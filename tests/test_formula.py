@@ -188,6 +188,16 @@ def test_both_roads_agree(modalities):
         head.seen.copy_(seen)
 
 
+@pytest.mark.parametrize("more", [3, 4, 20])  # Up to four rows are padded.
+@pytest.mark.parametrize("case", [0, 5, 15, 26, 27, 30])
+def test_one_block_of_a_padded_modality_has_more_rows(case, more):
+    head = make(5)
+    features, present = every_case(head, rows=1)
+    present = torch.cat([present, present[case].expand(more, -1)])
+    rows = [torch.randn(len(present), x.shape[1], dtype=x.dtype) for x in features.values()]
+    torch.testing.assert_close(head._grouped(rows, present, None), head._every_block(rows, present, None))
+
+
 def test_second_derivatives():
     head = DecoupledPrototypeHead({"a": 3, "b": 2}, 2, dtype=torch.float64)
     features, present = every_case(head, rows=1)
@@ -230,15 +240,28 @@ def test_plans_of_small_batches_follow_what_they_depend_on():
         lambda: head.train(),
         lambda: head.margin.fill_(0.3),
         lambda: head.float(),
+        lambda: head.double(),
     ):
         change()
-        labels, rows = torch.arange(len(present)) % 4, list(features.values())
+        dtype = head.prototypes["a"].dtype
+        labels, rows = torch.arange(len(present)) % 4, [x.to(dtype) for x in features.values()]
         seen = head.seen.clone()
         for _ in range(2):
             found = head._grouped(rows, present, labels)
             head.seen.copy_(seen)
             torch.testing.assert_close(found, head._every_block(rows, present, labels))
             head.seen.copy_(seen)
+
+
+def test_no_more_plans_are_remembered_than_said(monkeypatch):
+    monkeypatch.setattr("protohead.plan.PLANS", 2)
+    head = make(2).eval()
+    features, present = every_case(head, rows=1)
+    for order in ([0, 1, 2, 3], [1, 0, 2, 3], [2, 0, 1, 3], [3, 0, 1, 2]):
+        rows = [x[order] for x in features.values()]
+        found, expected = head._grouped(rows, present[order], None), head._every_block(rows, present[order], None)
+        torch.testing.assert_close(found, expected)
+        assert len(head._planner._known[False][3]) <= 2
 
 
 def published_head(head, features, missing_type, labels, y):

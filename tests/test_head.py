@@ -406,7 +406,8 @@ def test_remembered_norms_follow_the_prototypes(change, monkeypatch):
     assert head._known is not known
 
 
-def test_prototypes_made_in_inference_mode():
+def test_prototypes_made_in_inference_mode(monkeypatch):
+    monkeypatch.setattr("protohead.head.SMALL", 0)  # They have no version to tell by whether they have changed.
     with torch.inference_mode():
         head = DecoupledPrototypeHead({"image": 8, "text": 6}, 3).eval()
         before = head(ROWS)
@@ -416,3 +417,17 @@ def test_prototypes_made_in_inference_mode():
     twin = DecoupledPrototypeHead({"image": 8, "text": 6}, 3).eval()
     twin.load_state_dict(head.state_dict())
     assert torch.equal(twin(ROWS), after)
+
+
+def test_remembered_norms_are_as_wide_as_the_features(monkeypatch):
+    monkeypatch.setattr("protohead.head.SMALL", 0)
+    torch.manual_seed(0)
+    head = DecoupledPrototypeHead({"image": 8, "text": 6}, 3).eval()
+    expected = head(ROWS.double()).detach()
+    assert head._known is None  # With gradients nothing is remembered, nor in training.
+    with torch.no_grad():
+        head.train()(ROWS)
+        assert head._known is None
+        head.seen.zero_()
+        head.eval()(ROWS)
+        torch.testing.assert_close(head(ROWS.double()), expected, rtol=0, atol=1e-12)

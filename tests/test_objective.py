@@ -349,3 +349,65 @@ def test_eight_modalities_share_one_block_each():
     total = torch.where(present[:, :, None], torch.stack(list(unit.values()), 1), 0).sum(1)
     expected = 32 * total / present.sum(1, keepdim=True).clamp(min=1) + head.bias
     torch.testing.assert_close(every, torch.where(present.any(1)[:, None], expected, 0))
+
+
+def test_two_losses_before_one_backward_pass():
+    """The second moves the center in place, which the first has subtracted."""
+    first, second = batch(), {name: 5 * x for name, x in batch().items()}
+    grads = []
+    for together in (True, False):
+        head = build()
+        losses = []
+        for features in (first, second):
+            losses.append(head.loss(features, PRESENT, HARD))
+            if not together:
+                losses.pop().backward()
+        if together:
+            sum(losses).backward()
+        grads.append([p.grad for p in head.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_second_derivatives_with_a_center():
+    head, features = build(), batch()
+    head.loss(features, PRESENT, HARD)
+    head.eval()
+    leaves = [x.requires_grad_() for x in features.values()] + list(head.parameters())
+    inputs = dict(zip(WIDTHS, leaves, strict=False))
+    assert torch.autograd.gradgradcheck(lambda *_: head(inputs, PRESENT, HARD), leaves)
+    logits = head(inputs, PRESENT, HARD)
+    once, twice = (
+        torch.autograd.grad(logits.square().sum(), leaves, retain_graph=True, create_graph=again)
+        for again in (False, True)
+    )
+    for a, b in zip(once, twice, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_rows_that_have_overflowed_do_not_count():
+    head, features = build(), batch()
+    features["image"][0, 2] = float("inf")
+    head.loss(features, PRESENT, HARD)
+    kept = PRESENT[:, 0].clone()
+    kept[0] = False
+    assert head.center_rows.tolist() == [kept.sum(), PRESENT[:, 1].sum()]
+    torch.testing.assert_close(head.center[:5], features["image"][kept].mean(0))
+
+
+def test_a_frozen_head_in_eval_mode_does_not_warn():
+    head = build().eval().requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        head.loss({name: x.requires_grad_() for name, x in batch().items()}, PRESENT, HARD).backward()
+
+
+def test_imprint_takes_the_means_of_centered_features():
+    head, features, labels = build(), batch(), torch.arange(7) % 4
+    everything = torch.ones_like(PRESENT)
+    head.loss(features, everything, labels)
+    head.imprint(features, labels, everything)
+    for name, center in zip(WIDTHS, head.center.split(list(WIDTHS.values())), strict=True):
+        for k in range(4):
+            mean = F.normalize(F.normalize(features[name][labels == k] - center).mean(0), dim=0)
+            torch.testing.assert_close(head.prototypes[name][:, k], mean.expand(2, -1))

@@ -168,3 +168,50 @@ def test_reset():
     assert {p.dtype for p in head.parameters()} == {torch.float64}
     assert head(torch.randn(2, 8)).shape == (2, 7)
     assert "num_classes=7" in repr(head)
+
+
+def test_the_papers_checkpoint_inside_a_model():
+    paper, twin = trained_head(centered=False), DecoupledPrototypeHead(WIDTHS, 4, centered=False).eval()
+    twin.load_state_dict(paper.state_dict())
+    same(paper, twin)
+    other = DecoupledPrototypeHead(WIDTHS, 4).eval()
+    torch.nn.init.ones_(other.bias), other.center.fill_(1), other.center_rows.fill_(1)
+    torch.nn.Sequential(other).load_state_dict(torch.nn.Sequential(paper).state_dict())
+    same(paper, other)
+    assert not any(x.any() for x in (other.bias, other.center, other.center_rows))
+
+
+@pytest.mark.parametrize("lost", ["bias", "center", "center_rows"])
+def test_a_checkpoint_that_lacks_one_of_them_is_refused(lost):
+    head = trained_head()
+    torch.nn.init.ones_(head.bias), head.center.fill_(1), head.center_rows.fill_(1)
+    state = {name: value.clone() for name, value in head.state_dict().items() if name != lost}
+    with pytest.raises(RuntimeError, match=f"Missing key.*{lost}"):
+        head.load_state_dict(state)
+    assert all(x.all() for x in (head.bias, head.center, head.center_rows))
+
+
+def test_another_modules_weights_leave_the_center_alone():
+    model = torch.nn.ModuleDict({"encoder": torch.nn.Linear(3, 3), "head": DecoupledPrototypeHead(WIDTHS, 4)})
+    model["head"].loss(torch.randn(4, 8), None, torch.arange(4))
+    center = model["head"].center.clone()
+    model.load_state_dict({"encoder.weight": torch.zeros(3, 3)}, strict=False)
+    assert torch.equal(model["head"].center, center)
+
+
+def test_the_papers_checkpoint_in_a_meta_head():
+    head = DecoupledPrototypeHead(WIDTHS, 4, device="meta")
+    head.load_state_dict(trained_head(centered=False).state_dict(), assign=True)
+    assert not any(p.is_meta for p in head.parameters())
+
+
+def test_reset_with_a_frozen_bias_trains_the_prototypes():
+    head = DecoupledPrototypeHead(WIDTHS, 4)
+    head.bias.requires_grad_(False)
+    head.prototypes["text"].requires_grad_(False)
+    head.reset(7)
+    assert {name: p.requires_grad for name, p in head.named_parameters()} == {
+        "bias": False,
+        "prototypes.image": True,
+        "prototypes.text": False,
+    }
