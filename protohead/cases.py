@@ -4,7 +4,7 @@ The missing case of a row is the set of modalities that are *present*, named by 
 Cases are ordered by the number of modalities present, descending, then in modality order.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -38,6 +38,8 @@ def case_names(modalities: Sequence[str]) -> tuple[str, ...]:
 
 
 def _modality_names(modalities: Sequence[str]) -> list[str]:
+    if not isinstance(modalities, Iterable):
+        raise TypeError(f"Expected argument `modalities` to be a list of names, but got {modalities!r}.")
     names = [modalities] if isinstance(modalities, str) else list(modalities)
     for name in names:
         if not isinstance(name, str) or not name or set(name) & set("+.,"):
@@ -263,8 +265,9 @@ def _present_from_codes(
 def _values(name: str, column: Any) -> list[Any]:
     """A column as Python values: the elements of tensors and arrays are unpacked, so that True is not taken for 1."""
     shape = getattr(column, "shape", None)
-    if isinstance(column, (str, bytes, Mapping)) or not hasattr(column, "__len__") or (shape and len(shape) != 1):
-        got = f"shape {tuple(shape)}" if shape else repr(column)
+    no_column = isinstance(column, (str, bytes, Mapping)) or not hasattr(column, "__len__")
+    if no_column or (shape is not None and len(shape) != 1):
+        got = f"shape {tuple(shape)}" if shape is not None else repr(column)
         raise ValueError(f"Expected {name!r} to be one-dimensional, one value a row, but got {got}.")
     values = column.tolist() if hasattr(column, "tolist") else column
     return [value.item() if getattr(value, "shape", None) == () else value for value in values]

@@ -159,7 +159,7 @@ def prototype_contrast(
 def _contrast(prototypes: Tensor, seen: Tensor, temperature: float, sample: int | None) -> tuple[Tensor, Tensor]:
     """The sum of the anchors' losses, and the number of anchors that have a positive."""
     blocks, classes, _ = prototypes.shape
-    if blocks == 1:  # No anchor has a positive.
+    if blocks < 2:  # No anchor has a positive.
         return prototypes.sum() * 0, seen.sum() * 0
     # The positives of all anchors of a class, Σ_a Σ_{p≠a} a·p, are ‖Σ a‖² − Σ ‖a‖²: K·V·D, not (K·V)²·D.
     total = torch.where(seen[:, None, None], prototypes, 0).sum(0)

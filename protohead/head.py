@@ -36,6 +36,7 @@ __all__ = ["DecoupledPrototypeHead"]
 
 BEYOND = ("bias", "center", "center_rows")  # What the paper's head has not.
 WINDOW = 10_000  # Rows that the features' mean remembers, so that it follows encoders that are trained.
+MANY = 2**7  # Cases; the prototype loss of those of eight modalities takes a second.
 SMALL = 2**14  # Of fewer numbers to make the norms costs no more than to recognise them.
 
 
@@ -73,6 +74,9 @@ class DecoupledPrototypeHead(nn.Module):
 
     Raises:
         ValueError: If an argument is not as said.
+
+    Warns:
+        UserWarning: With more than 128 cases.
 
     Example:
         >>> head = DecoupledPrototypeHead({"image": 4, "text": 3}, num_classes=5)
@@ -116,6 +120,9 @@ class DecoupledPrototypeHead(nn.Module):
         self.centered = centered
         masks = case_masks(self.modalities, cases)
         self.cases = tuple("+".join(compress(self.modalities, mask)) for mask in masks.tolist())
+        if len(masks) > MANY:
+            what = f"{len(masks)} cases, each with prototypes of its own, are slow; declare those that occur"
+            warnings.warn(f'{what}: `cases=["{self.cases[0]}"]` is one that all rows share.', stacklevel=2)
         for name in self.modalities:
             if hasattr(nn.ParameterDict(), name):
                 raise ValueError(f"Expected a modality name that nn.ParameterDict can hold, but got {name!r}.")
@@ -193,9 +200,9 @@ class DecoupledPrototypeHead(nn.Module):
             if objective is not None:
                 options = check_objective(objective, self.num_classes)
                 if labels is None:
-                    raise ValueError("Expected argument `labels` with `objective`, but got none.")
+                    raise ValueError("Expected argument `labels` for the objective, but got None.")
                 return self._objective(rows, present, labels, **options)
-            return self._logits(rows, present, labels)
+            return self._logits(rows, present, labels)[0]
 
     def loss(
         self,
@@ -225,15 +232,16 @@ class DecoupledPrototypeHead(nn.Module):
             labels: As in :meth:`forward`.
             prototype_weight: λ; where 0, the prototype loss is not computed.
             subcase_weight: Of the two parts each; where 0, they are not scored.
-            class_weight: (K,) as in ``F.cross_entropy``, or, for several labels, the weights of
-                ``F.binary_cross_entropy_with_logits``.
-            label_smoothing: As in ``F.cross_entropy``, in [0, 1).
+            class_weight: (K,), not negative: as `weight` in ``F.cross_entropy``, or, for several labels, in
+                ``F.binary_cross_entropy_with_logits`` (of both answers, which `pos_weight` is not).
+            label_smoothing: ε in [0, 1), as in ``F.cross_entropy``; several labels are drawn towards ½.
 
         Returns:
-            A scalar, float32 or wider; 0 where all labels are ignored and λ is 0.
+            A scalar, float32 or wider. The mean is over the rows that have a label and anything that scores them; 0
+            where there is none and λ is 0.
 
         Raises:
-            ValueError: As :meth:`forward`.
+            ValueError: As :meth:`forward`, or if an option is not as said; `class_weight`'s values where labels' are.
             TypeError: As :meth:`forward`.
 
         Warns:
@@ -301,7 +309,11 @@ class DecoupledPrototypeHead(nn.Module):
         prototypes = [gather_for_loss(self.prototypes, name, self) for name in self.modalities]
         dtype = _wide(*prototypes)
         with full_precision(seen.device):
-            return prototype_contrast([p.to(dtype) for p in prototypes], blocks, self.shared_space, temperature, sample)
+            prototypes = [p.to(dtype) for p in prototypes]
+            if _reads_values(seen):  # Then what is not seen costs nothing.
+                prototypes = [p if b.all() else p[b] for p, b in zip(prototypes, blocks, strict=True)]
+                blocks = [b[b] for b in blocks]
+            return prototype_contrast(prototypes, blocks, self.shared_space, temperature, sample)
 
     def case_index(self, present: Tensor) -> Tensor:
         """(B, M) bool to (B,) int64 indices into `cases`; C where nothing is present.
@@ -458,12 +470,14 @@ class DecoupledPrototypeHead(nn.Module):
         case = case.clamp(max=len(self.cases) - 1)
         return case, present & self._masks[case]
 
-    def _logits(self, rows: list[Tensor], present: Tensor, labels: Tensor | None) -> Tensor:
+    def _logits(self, rows: list[Tensor], present: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The logits, and (B, 1): 1 where a row is scored by anything, or 0."""
         # Only the other road differentiates labels.
         reads = _reads_values(present) and (labels is None or not labels.requires_grad)
-        road = self._grouped if reads else self._every_block
-        logits, scored = road(rows, present, labels)
-        return logits if self.bias is None else torch.addcmul(logits, scored, self.bias.to(logits.dtype))
+        logits, scored = (self._grouped if reads else self._every_block)(rows, present, labels)
+        if self.bias is not None:
+            logits = torch.addcmul(logits, scored, self.bias.to(logits.dtype))
+        return logits, scored
 
     def _objective(
         self,
@@ -489,12 +503,11 @@ class DecoupledPrototypeHead(nn.Module):
             index = torch.cat([index, some, some])
             rows, labels = [x[index] for x in rows], labels[index]
             present = torch.cat([present, *(part[some] for part in parts)])
-        losses, weights = classification_loss(
-            self._logits(rows, present, labels), labels, class_weight, label_smoothing
-        )
-        in_parts = torch.where(present[batch:].any(1), losses[batch:], 0).sum()
+        logits, scored = self._logits(rows, present, labels)
+        losses, weights = classification_loss(logits, labels, class_weight, label_smoothing)
+        losses, weights = (torch.where(scored[:, 0] > 0, x, 0) for x in (losses, weights))
         count = weights[:batch].sum()
-        total = (losses[:batch].sum() + subcase_weight * in_parts) / torch.where(count > 0, count, 1)
+        total = (losses[:batch].sum() + subcase_weight * losses[batch:].sum()) / torch.where(count > 0, count, 1)
         return total + prototype_weight * self.prototype_loss() if prototype_weight else total
 
     @torch.no_grad()

@@ -84,8 +84,8 @@ def check_present(present: Tensor, modalities: Sequence[str]) -> None:
     """A (B, M) bool tensor."""
     if not isinstance(present, Tensor) or present.dtype != torch.bool:
         raise TypeError(
-            f"Expected argument `present` to be a bool tensor, but got {_kind(present)}; "
-            "a mask of 0 and 1 takes .bool(), and protohead.present_from_missing_type converts MAP's codes."
+            f"Expected argument `present` to be a bool tensor, but got {_kind(present)}; a mask of 0 and 1 takes "
+            "torch.as_tensor(mask).bool(), and protohead.present_from_missing_type converts MAP's codes."
         )
     if present.dim() != 2 or present.shape[1] != len(modalities):
         wanted, got = f"(B, {len(modalities)})", tuple(present.shape)

@@ -35,6 +35,10 @@ def check_objective(objective: Mapping[str, Any], num_classes: int) -> dict[str,
         got = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else repr(weight)
         wanted = f"a floating-point ({num_classes},) tensor"
         raise ValueError(f"Expected argument `class_weight` to be {wanted}, but got {got}.")
+    # As with labels, values are read where that waits for no device and breaks no graph.
+    readable = weight is not None and weight.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and not ((weight >= 0) & weight.isfinite()).all():
+        raise ValueError(f"Expected argument `class_weight` to be finite and not negative, but got {weight}.")
     return options
 
 

@@ -13,6 +13,7 @@ from protohead.objective import classification_loss, split_modalities
 
 WIDTHS = {"image": 5, "text": 3}
 PRESENT = torch.tensor([[1, 1], [1, 0], [0, 1], [1, 1], [0, 0], [0, 1], [1, 1]]).bool()
+SCORED = PRESENT.any(1)
 HARD = torch.tensor([0, 1, 2, 3, 1, -100, 2])
 SOFT = torch.rand(7, 4, generator=torch.Generator().manual_seed(3))
 
@@ -49,14 +50,14 @@ def test_the_whole_is_the_sum_of_its_parts(labels):
         head.bias.copy_(torch.linspace(-1, 1, 4))
     loss = head.loss(features, PRESENT, labels, prototype_weight=0.7, subcase_weight=0.3)
     whole = slow_row_losses(slow_logits(head, features, PRESENT, labels), labels)
-    expected = whole.sum()
+    expected = whole[SCORED].sum()
     both = PRESENT.all(1)
     for m in range(2):
         alone = torch.zeros_like(PRESENT)
         alone[both, m] = True
         parts = slow_row_losses(slow_logits(head, features, alone, labels), labels)
         expected = expected + 0.3 * parts[both].sum()
-    expected = expected / (6 if labels is HARD else 7)  # one label is ignored
+    expected = expected / (5 if labels is HARD else 6)  # One label is ignored, and one row has nothing.
     expected = expected + 0.7 * reference.prototype_loss(head, head.cases, 1.0)
     torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
     assert head.seen_cases == head.cases
@@ -67,7 +68,7 @@ def test_the_papers_objective(labels):
     head, features = build(centered=False), batch()
     criterion = F.cross_entropy if labels is HARD else F.binary_cross_entropy_with_logits
     target = labels if labels is HARD else labels.double()
-    expected = criterion(head(features, PRESENT, labels), target) + 0.9 * head.prototype_loss()
+    expected = criterion(head(features, PRESENT, labels)[SCORED], target[SCORED]) + 0.9 * head.prototype_loss()
     assert head.bias is None
     assert head.center is None
     torch.testing.assert_close(head.loss(features, PRESENT, labels, subcase_weight=0), expected, rtol=1e-12, atol=0)
@@ -78,11 +79,11 @@ def test_the_papers_objective(labels):
 def test_class_weights_and_smoothing_are_torchs():
     head, features, weight = build(centered=False), batch(), torch.tensor([0.5, 1.0, 2.0, 4.0])
     options = {"prototype_weight": 0, "subcase_weight": 0, "class_weight": weight}
-    logits = head(features, PRESENT, HARD)
-    expected = F.cross_entropy(logits, HARD, weight.double(), label_smoothing=0.2)
+    logits = head(features, PRESENT, HARD)[SCORED]
+    expected = F.cross_entropy(logits, HARD[SCORED], weight.double(), label_smoothing=0.2)
     torch.testing.assert_close(head.loss(features, PRESENT, HARD, label_smoothing=0.2, **options), expected)
-    logits = head(features, PRESENT, SOFT)
-    expected = F.binary_cross_entropy_with_logits(logits, SOFT.double() * 0.8 + 0.1, weight.double())
+    logits, soft = head(features, PRESENT, SOFT)[SCORED], SOFT[SCORED].double()
+    expected = F.binary_cross_entropy_with_logits(logits, soft * 0.8 + 0.1, weight.double())
     torch.testing.assert_close(head.loss(features, PRESENT, SOFT, label_smoothing=0.2, **options), expected)
 
 
@@ -91,7 +92,7 @@ def test_class_weights_weigh_subcases_by_the_same_sum():
     options = {"prototype_weight": 0, "class_weight": weight}
     whole = head.loss(features, PRESENT, HARD, subcase_weight=0, **options)
     got = head.loss(features, PRESENT, HARD, subcase_weight=0.5, **options)
-    both, known = PRESENT.all(1), HARD >= 0
+    both, known = PRESENT.all(1), (HARD >= 0) & SCORED
     total = sum(
         F.cross_entropy(
             head(features, PRESENT & torch.tensor(keep), HARD)[both], HARD[both], weight.double(), reduction="sum"
@@ -109,6 +110,33 @@ def test_nothing_to_learn_from_is_zero():
     assert not any(p.grad.any() for p in head.parameters())
     empty = head.loss(batch(0), PRESENT[:0], HARD[:0], prototype_weight=0)
     assert empty == 0
+    nothing = head.loss(batch(), torch.zeros_like(PRESENT), HARD, prototype_weight=0)
+    assert nothing == 0
+
+
+def test_rows_that_nothing_scores_do_not_dilute():
+    head, features = build(cases=["image"], widths={"image": 5}), {"image": batch()["image"]}
+    some, options = torch.tensor([True, False] * 3 + [True])[:, None], {"prototype_weight": 0}
+    labels = HARD.clamp(min=0)
+    first = head.loss(features, some, labels, **options)
+    head.center.zero_(), head.center_rows.zero_()
+    kept = some[:, 0]
+    only = head.loss({"image": features["image"][kept]}, some[kept], labels[kept], **options)
+    torch.testing.assert_close(first, only)
+
+
+def test_cases_that_are_not_seen_cost_nothing():
+    head = DecoupledPrototypeHead({f"m{i}": 4 for i in range(7)}, 3)
+    head.loss(torch.randn(4, 28), torch.ones(4, 7).bool(), torch.tensor([0, 1, 2, 0]), subcase_weight=0)
+    assert head.seen_cases == head.cases[:1]
+    with torch.profiler.profile(profile_memory=True) as profile:
+        assert head.prototype_loss() == 0
+    assert max(event.cpu_memory_usage for event in profile.key_averages()) < 2**16
+
+
+def test_many_cases_are_told():
+    with pytest.warns(UserWarning, match="255 cases.*declare those that occur"):
+        DecoupledPrototypeHead({f"m{i}": 2 for i in range(8)}, 3)
 
 
 def test_one_modality_has_no_subcases():
@@ -279,12 +307,15 @@ def test_wrong_options(options, match):
 
 def test_wrong_use_of_the_objective():
     head = build()
-    with pytest.raises(ValueError, match="`labels` with `objective`"):
+    with pytest.raises(ValueError, match="`labels` for the objective"):
         head(batch(), PRESENT, objective={})
     with pytest.raises(ValueError, match="'weight': 1"):
         head(batch(), PRESENT, HARD, {"weight": 1})
     with pytest.raises(ValueError, match="in row 0"):
         head.loss(batch(), PRESENT, HARD + 4)
+    for weight in (-torch.ones(4), torch.tensor([1.0, 1.0, 1.0, float("nan")])):
+        with pytest.raises(ValueError, match="finite and not negative"):
+            head.loss(batch(), PRESENT, HARD, class_weight=weight)
     assert head.seen_cases == ()
     assert not head.center.any()
 

@@ -68,7 +68,7 @@ def test_construction(arguments, error, match):
             BOTH.long(),
             None,
             TypeError,
-            "bool tensor, but got torch.int64; .* takes .bool",
+            "bool tensor, but got torch.int64; .* takes torch.as_tensor",
         ),
         ({"image": IMAGE, "text": TEXT}, [[True, True]] * 2, None, TypeError, "bool tensor, but got list"),
         ({}, [[True, True]], None, TypeError, "bool tensor, but got list"),
