@@ -2,7 +2,7 @@
 
     pip install ".[bench]"
     python benchmarks/accuracy.py              # the embedded data: under 15 minutes on two cores
-    python benchmarks/accuracy.py --data mine.npz --modalities image,text,audio --output mine
+    python benchmarks/accuracy.py --data mine.npz --modalities image,text,audio  # into the folder accuracy
 
 For every missing rate, kind of missing modality, and seed (of the missing tables, the initialisation and the order of
 the rows), each method is trained at the same four learning rates, and its learning rate and epoch are picked by
@@ -48,7 +48,7 @@ METRICS = ("accuracy", "macro_f1", "auroc", "map", "ece", "aurc")
 KEY = ("data", "trained", "train_missing", "train_rate", "seed")
 COLUMNS = (
     *(*KEY, "method", "learning_rate", "epoch", "validation"),
-    *("test_missing", "test_rate", "flipped", "case", "rows", *METRICS, "reliability"),
+    *("test_missing", "test_rate", "flipped", "case", "rows", *METRICS, "reliability", "budget"),
 )
 
 
@@ -181,6 +181,7 @@ def run(task: Task) -> list[dict[str, Any]]:
                 line |= {"method": name, "learning_rate": f"{learning_rate:g}", "epoch": str(epoch)}
                 line |= {"validation": f"{score:.4f}", "test_missing": missing, "test_rate": f"{rate:g}"}
                 line |= {"flipped": f"{flipped:g}", "case": str(row["case"]), "rows": str(row["rows"])}
+                line["budget"] = budget(data, task.epochs)
                 if (task.missing, task.rate) == (missing, rate) == ("all", 0.7) and not flipped:
                     line["reliability"] = reliability(logits, test, line["case"], list(data.features))
                 lines.append(line | {name: f"{row[name]:.4f}" for name in METRICS if name in row})
@@ -243,14 +244,25 @@ def tasks(path: Path, modalities: tuple[str, ...], quick: bool) -> list[Task]:
     ]
 
 
-def finished(path: Path) -> set[tuple[str, ...]]:
-    """The keys of the tasks whose lines are in the CSV; those of the last one, which may be incomplete, are removed."""
+def budget(data: Data, epochs: int) -> str:
+    """What results must have in common to stand in one CSV: the very file, and how long all trained."""
+    return f"{data.digest}, {epochs} epochs"
+
+
+def finished(path: Path, budgets: dict[str, str]) -> set[tuple[str, ...]]:
+    """The keys of the tasks whose lines are in the CSV; those of the last one, which may be incomplete, are removed.
+
+    Raises:
+        ValueError: If it is another CSV, or has lines of data of that name with another of the `budgets`.
+    """
     if not path.exists():
         return set()
     whole = path.read_text().rpartition("\n")[0]  # The last line may be cut off.
     lines = list(csv.DictReader(whole.splitlines()))
     if lines and tuple(lines[0]) != COLUMNS:
         raise ValueError(f"Expected {path} to be a CSV of this program to go on with, but its columns are others.")
+    if others := sorted({x["data"] for x in lines if x["budget"] != budgets.get(x["data"], x["budget"])}):
+        raise ValueError(f"Expected to go on with {path}, but its {others} were other data, or trained otherwise.")
     keys = [tuple(line[name] or "" for name in KEY) for line in lines]
     kept = [line for line, key in zip(lines, keys, strict=True) if key != keys[-1]]
     part = path.with_suffix(".part")
@@ -288,23 +300,29 @@ def main() -> None:
     parser.add_argument("--data", type=Path, action="append", metavar="FILE.npz", help=described)
     described = "modalities of all the files, separated by commas (default: image,text)"
     parser.add_argument("--modalities", default="image,text", help=described)
-    parser.add_argument("--output", type=Path, default=HERE, help="folder of accuracy.csv, RESULTS.md and the figures")
+    described = "folder of all that is written (default: that of this program; with --data or --quick, ./accuracy)"
+    parser.add_argument("--output", type=Path, help=described)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     parser.add_argument("--quick", action="store_true", help="a small part, to see that it works")
     arguments = parser.parse_args()
-    modalities = tuple(arguments.modalities.split(","))
-    todo = []
+    modalities, files = tuple(arguments.modalities.split(",")), arguments.data or [SMALL]
+    output = arguments.output or (Path("accuracy") if arguments.data or arguments.quick else HERE)
+    path = output / "accuracy.csv"
     try:
         if arguments.workers < 1:
             raise ValueError(f"Expected --workers to be at least 1, but got {arguments.workers}.")
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        path = arguments.output / "accuracy.csv"
-        known = finished(path)
-        for file in arguments.data or [SMALL]:
-            name = read(file, modalities).name
-            todo += [task for task in tasks(file, modalities, arguments.quick) if task.key(name) not in known]
-    except ValueError as error:
+        data = {file: read(file, modalities) for file in files}
+        output.mkdir(parents=True, exist_ok=True)
+        epochs = tasks(files[0], modalities, arguments.quick)[0].epochs
+        known = finished(path, {one.name: budget(one, epochs) for one in data.values()})
+    except (OSError, ValueError) as error:
         parser.error(str(error))
+    todo = [
+        task
+        for file, one in data.items()
+        for task in tasks(file, modalities, arguments.quick)
+        if task.key(one.name) not in known
+    ]
     todo.sort(key=lambda task: task.seed)  # A run that is cut short has all settings, of fewer seeds.
     train_all(todo, path, arguments.workers)
     write_report(path)

@@ -1,5 +1,6 @@
 """Frozen features and labels from an .npz file, for accuracy.py."""
 
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ class Data(NamedTuple):
     labels: Tensor  # (N,) int64, or (N, K) float32 of 0 and 1
     rows: dict[str, Tensor]  # split to its row numbers
     num_classes: int
+    digest: str  # of the file
 
     @property
     def widths(self) -> dict[str, int]:
@@ -36,10 +38,12 @@ def load(path: Path, modalities: tuple[str, ...] = ("image", "text")) -> Data:
         ValueError: If the file holds anything else.
     """
     wanted = f"an .npz file with the arrays {', '.join(modalities)}, label and split"
+    if len(modalities) < 2:
+        raise ValueError(f"Expected two modalities or more, but got {modalities}.")
     try:
         with np.load(path) as file:
             data = {name: file[name] for name in file.files}
-    except (OSError, ValueError, AttributeError) as error:  # AttributeError: an .npy file.
+    except (OSError, ValueError, TypeError) as error:  # TypeError: an .npy file.
         raise ValueError(f"Expected {wanted}, but {path} cannot be read: {error}") from None
     if lacking := [name for name in (*modalities, "label", "split") if name not in data]:
         raise ValueError(f"Expected {wanted}, but {path} lacks {lacking}; it has {sorted(data)}.")
@@ -70,7 +74,8 @@ def load(path: Path, modalities: tuple[str, ...] = ("image", "text")) -> Data:
     if unknown := sorted(set(range(num_classes)) - set(seen)):
         raise ValueError(f"Expected every class in the training split of {path}, but {unknown[:5]} are not.")
     name = path.stem if modalities == ("image", "text") else f"{path.stem}, {'+'.join(modalities)}"
-    return Data(name, features, present, labels, rows, num_classes)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    return Data(name, features, present, labels, rows, num_classes, digest)
 
 
 def _read_labels(label: np.ndarray) -> tuple[Tensor, int]:

@@ -159,6 +159,7 @@ def verdict(r: Results) -> list[str]:
         f"{len(r.every)}. Intervals (95 %, Student's t, paired by seed) show the luck of the seed, not how other data",
         "would do. Significant is what excludes 0; there is no correction for multiple comparisons.",
         f"**{r.unfinished} settings and seeds are unfinished, and left out.**" * (r.unfinished > 0),
+        "**Of so few seeds this is a look, not a result.**" * (min(r.seeds.values()) < 3),
         f"\n**Over all cells `{OURS}` has a mean macro-F1 of {percent(r.mean(OURS, r.every))}. {said}**",
         *table((f"`{OURS}` minus", "difference", "95 %", "cells better", "cells worse"), rows),
     ]
@@ -212,6 +213,8 @@ def parts(r: Results) -> list[str]:
         found = [r.compare(part, OURS, cells) for cells in groups]
         if not all(math.isnan(x[0]) for x in found):
             rows.append([f"`{part}`", *(f"{percent(x[0], '+')} ({x[2]})" for x in found)])
+    if not rows:
+        return ["Not measured here."]
     text = f"Each minus `{OURS}` at {100 * LACKING[1]:g} %: below 0, `{OURS}` is better as it is."
     return [text, *table(["changed", *(name for name, _ in r.groups)], rows)]
 
@@ -338,7 +341,15 @@ def main() -> None:
     """Write the report of a CSV."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("csv", type=Path, nargs="?", default=Path(__file__).with_name("accuracy.csv"))
-    write_report(parser.parse_args().csv)
+    path = parser.parse_args().csv
+    try:
+        with open(path) as file:
+            columns = file.readline().strip().split(",")
+    except OSError as error:
+        parser.error(str(error))
+    if not {"data", "trained", "macro_f1"} <= set(columns):
+        parser.error(f"Expected a CSV that accuracy.py wrote, but {path} has the columns {columns}.")
+    write_report(path)
 
 
 if __name__ == "__main__":

@@ -268,7 +268,12 @@ def main() -> None:
     )
     option("--dataset", choices=list(READERS), help="what the folder is, if it is one that datasets/ has a reader of")
     option("--allow-gaps", action="store_true", help="picture files that are absent, and empty texts, are missing")
-    option("--missing-rate", type=float, default=0.0, help="share of the rows to take image or text from (default: 0)")
+    option(
+        "--missing-rate",
+        type=float,
+        default=0.0,
+        help="share of the complete rows that lose image or text (default: 0)",
+    )
     option("--missing", choices=[*MODALITIES, "both"], help="what is taken; both: half each (default: both)")
     option(
         "--missing-table",
@@ -313,12 +318,19 @@ def main() -> None:
             parser.error(str(error))
         parser.set_defaults(**settings, missing="both")
         arguments = parser.parse_args()  # What is given goes before.
-    for name, low in (("epochs", 1), ("batch_size", 1), ("workers", 0), ("weight", 0), ("lr", 0)):
+    least = {"epochs": 1, "batch_size": 1, "workers": 0, "weight": 0, "lr": 0, "encoder_lr": 0, "seed": 0}
+    for name, low in least.items():
         if not low <= getattr(arguments, name) < float("inf"):
             got = getattr(arguments, name)
             parser.error(f"Expected --{name.replace('_', '-')} to be {low} or more, but got {got}.")
     if not 0 <= arguments.missing_rate <= 1:
         parser.error(f"Expected --missing-rate to be from 0 to 1, but got {arguments.missing_rate}.")
+    if arguments.missing_table and arguments.missing_rate and not arguments.preset:  # A preset goes by both.
+        parser.error("Expected one of --missing-rate and --missing-table, but got both.")
+    try:
+        torch.zeros(1, device=arguments.device)
+    except (AssertionError, RuntimeError) as error:
+        parser.error(f"Expected --device to be one that torch can use, but got {arguments.device!r}: {error}")
     try:
         if arguments.predict:
             use(arguments)

@@ -134,6 +134,8 @@ def read(
         label = fields.get("label") if labelled else []
         several |= isinstance(label, list)
         labels = label if isinstance(label, list) else [label]
+        if labelled and "label" not in fields and not path.is_dir():
+            raise InputError(f"Expected a column label, but {where} has {list(fields)}.")
         if path.is_dir() and not dataset and label is None:
             raise InputError(f"Expected pictures and texts in class folders, but {where} is in none.")
         if not all(isinstance(x, str | int) and str(x).strip() for x in labels):

@@ -67,6 +67,14 @@ def test_wrong_files(tmp_path, changes, match):
         load(written(tmp_path / "a.npz", **changes))
 
 
+def test_wrong_kinds_of_files(tmp_path):
+    np.save(tmp_path / "a.npy", np.ones(3))
+    with pytest.raises(ValueError, match=r"a\.npy cannot be read"):
+        load(tmp_path / "a.npy")
+    with pytest.raises(ValueError, match=r"two modalities or more, but got \('image',\)"):
+        load(written(tmp_path / "a.npz"), ("image",))
+
+
 def test_rows_lack_what_is_said_and_wrong_masks_are_wrong(tmp_path):
     data = load(written(tmp_path / "a.npz", rows=4800))
     right, again = (accuracy.rows_of(data, "test", "image", 0.7, 1) for _ in range(2))
@@ -133,6 +141,11 @@ def test_a_quick_run_and_its_resumption(tmp_path):
     assert second.returncode == 0, second.stderr
     assert "1/1" in second.stderr
     assert sorted(path.read_text().splitlines()) == sorted(whole.splitlines())
+    # Results of other data of that name, or of another budget, are not gone on with.
+    path.write_text(wrong := whole.replace("2 epochs", "9 epochs"))
+    with pytest.raises(ValueError, match="were other data, or trained otherwise"):
+        accuracy.finished(path, {"openclipart13_small_pca128": lines[0]["budget"]})
+    assert path.read_text() == wrong
 
 
 def test_wrong_arguments(tmp_path, monkeypatch, capsys):
@@ -148,6 +161,7 @@ def test_wrong_arguments(tmp_path, monkeypatch, capsys):
         (["--workers", 0], "at least 1"),
     ):
         assert message in error(*arguments)
+    assert "File exists" in error("--output", written(tmp_path / "a.npz"))
     (tmp_path / "accuracy.csv").write_text("a,b\n1,2\n")
     assert "its columns are others" in error()
     assert Path(tmp_path / "accuracy.csv").read_text() == "a,b\n1,2\n"

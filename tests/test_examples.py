@@ -261,7 +261,12 @@ NO_SPLIT = "image,text,label\n" + "".join(f",text {i},{i % 2}\n" for i in range(
         ("data.csv", "image,text,label\nnan,N/A,0\nnull,None,1\n", [], "got none in ['train', 'val', 'test']"),
         ("data.csv", NO_SPLIT.replace(",1\n", ",0\n"), [], "two classes or more in the training split, but got ['0']"),
         ("data.csv", "picture,caption,label\na,b,0\n", [], "line 2 has ['picture', 'caption', 'label']"),
-        ("data.csv", "image,text\n,a\n", [], "line 2 has None"),
+        (
+            "data.csv",
+            "image,text\n,a\n",
+            [],
+            "Expected a column label, but {folder}/data.csv line 2 has ['image', 'text']",
+        ),
         ("data.csv", TABLE.encode("utf-16"), [], "{folder}/data.csv to be readable, but got: 'utf-8'"),
         ("data.jsonl", '{"text": "a", "label": 0}\n{"text": 3, "label": 1}\n', [], "data.jsonl line 2 has 3"),
         (
@@ -281,6 +286,10 @@ NO_SPLIT = "image,text,label\n" + "".join(f",text {i},{i % 2}\n" for i in range(
         ("data.csv", TABLE, ["--margin", 4], "`margin` to be in [0, pi)"),
         ("data.csv", TABLE, ["--epochs", 0], "--epochs to be 1 or more, but got 0"),
         ("data.csv", TABLE, ["--missing-rate", 2], "but got 2"),
+        ("data.csv", TABLE, ["--missing-rate", 0.5, "--missing-table", "a.jsonl"], "--missing-table, but got both"),
+        ("data.csv", TABLE, ["--encoder-lr", -1], "--encoder-lr to be 0 or more"),
+        ("data.csv", TABLE, ["--seed", -1], "--seed to be 0 or more"),
+        ("data.csv", TABLE, ["--device", "gpu"], "that torch can use, but got 'gpu'"),
         ("data.csv", TABLE, ["--output", "{folder}/trained"], "has a model"),
     ],
 )

@@ -232,6 +232,17 @@ def test_interrupted(report, module, tmp_path):
     assert "No setting is finished yet." in (tmp_path / "RESULTS.md").read_text()
 
 
+def test_files_that_accuracy_did_not_write(module, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "empty.csv").write_text("")
+    for name, message in (("a.csv", "columns ['a', 'b']"), ("empty.csv", "columns ['']"), ("none.csv", "No such file")):
+        monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path / name)])
+        with pytest.raises(SystemExit, match="2"):
+            module.main()
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "RESULTS.md").exists()
+
+
 @pytest.mark.parametrize("methods", [("linear", "paper", "protohead"), ("late fusion",)])
 def test_figures(module, tmp_path, methods):
     scores = {method: SCORES.get(method, SCORES["linear"]) for method in methods}
