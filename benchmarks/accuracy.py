@@ -246,7 +246,7 @@ def tasks(path: Path, modalities: tuple[str, ...], quick: bool) -> list[Task]:
 
 def budget(data: Data, epochs: int) -> str:
     """What results must have in common to stand in one CSV: the very file, and how long all trained."""
-    return f"{data.digest}, {epochs} epochs"
+    return f"{data.digest}/{epochs}"
 
 
 def finished(path: Path, budgets: dict[str, str]) -> set[tuple[str, ...]]:

@@ -142,7 +142,7 @@ def test_a_quick_run_and_its_resumption(tmp_path):
     assert "1/1" in second.stderr
     assert sorted(path.read_text().splitlines()) == sorted(whole.splitlines())
     # Results of other data of that name, or of another budget, are not gone on with.
-    path.write_text(wrong := whole.replace("2 epochs", "9 epochs"))
+    path.write_text(wrong := whole.replace("/2\n", "/9\n"))
     with pytest.raises(ValueError, match="were other data, or trained otherwise"):
         accuracy.finished(path, {"openclipart13_small_pca128": lines[0]["budget"]})
     assert path.read_text() == wrong
