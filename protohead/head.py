@@ -281,9 +281,8 @@ class DecoupledPrototypeHead(nn.Module):
             parts = cosine * self.scale[case, None, None].to(cosine.dtype)
             if self.bias is None:
                 return parts
-            share = active.to(parts.dtype) / active.sum(1, keepdim=True).clamp(
-                min=1
-            )  # Of the bias, which belongs to none.
+            # The bias, which belongs to none, is shared.
+            share = active.to(parts.dtype) / active.sum(1, keepdim=True).clamp(min=1)
             return parts + share[:, :, None] * self.bias.to(parts.dtype)
 
     def prototype_loss(self, temperature: float = 1.0, sample: int | None = None) -> Tensor:
