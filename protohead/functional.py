@@ -13,15 +13,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-__all__ = [
-    "add_angular_margin",
-    "case_cosine",
-    "full_precision",
-    "normalize",
-    "phi",
-    "phi_slope",
-    "prototype_contrast",
-]
+__all__ = ["add_angular_margin", "case_cosine", "normalize", "phi", "phi_slope", "prototype_contrast"]
 
 CHUNK = 2**22  # Similarities held at a time in the prototype loss: 16 MiB of float32.
 
