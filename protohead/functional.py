@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["add_angular_margin", "case_cosine", "normalize", "phi", "phi_slope", "prototype_contrast"]
+__all__ = ["add_angular_margin", "case_cosine", "normalize", "phi", "phi_with_slope", "prototype_contrast"]
 
 CHUNK = 2**22  # Similarities held at a time in the prototype loss: 16 MiB of float32.
 
@@ -101,12 +101,13 @@ def phi(z: Tensor, margin: Tensor) -> Tensor:
     return torch.where(z > -margin.cos(), z * margin.cos() - sine * margin.sin(), z - margin * margin.sin())
 
 
-def phi_slope(z: Tensor, margin: Tensor) -> Tensor:
-    """The derivative of :func:`phi` with respect to `z`, for a backward pass that is written by hand."""
-    square = 1 - z * z
-    inside = square > 0
-    steep = torch.where(inside, z * torch.where(inside, square, 1).rsqrt(), 0)
-    return torch.where(z > -margin.cos(), margin.cos() + margin.sin() * steep, 1)
+def phi_with_slope(z: Tensor, margin: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`phi` and its derivative with respect to `z`, for a backward pass that is written by hand."""
+    cosine, sine, square = margin.cos(), margin.sin(), 1 - z * z
+    inside, near = square > 0, z > -cosine
+    inverse = torch.where(inside, square, 1).rsqrt()
+    value = torch.where(near, z * cosine - torch.where(inside, square * inverse, 0) * sine, z - margin * sine)
+    return value, torch.where(near, cosine + torch.where(inside, z * inverse, 0) * sine, 1)
 
 
 def prototype_contrast(
@@ -177,11 +178,30 @@ def _contrast(prototypes: Tensor, seen: Tensor, temperature: float, sample: int 
 
 def _log_sum(flat: Tensor, anchors: Tensor, contrasts: Tensor, temperature: float) -> Tensor:
     """The logarithm of Σ_{q≠a} exp(a·q/τ) of some anchors."""
-    chosen = flat if len(anchors) == len(flat) else flat[anchors]  # A copy, only where it must be.
+    similarity: Tensor = _Gram.apply(flat) if len(anchors) == len(flat) else flat[anchors] @ flat.T
     # Not -inf: a row with no contrast at all would put NaN into the backward pass.
     unseen = torch.where(contrasts, 0, -1e30).to(flat.dtype)
-    similarity = torch.addmm(unseen, chosen, flat.T, alpha=1 / temperature)
-    return similarity.scatter_(1, anchors[:, None], -1e30).logsumexp(1)
+    log_sum: Tensor = similarity.mul_(1 / temperature).add_(unseen).scatter_(1, anchors[:, None], -1e30).logsumexp(1)
+    return log_sum
+
+
+class _Gram(torch.autograd.Function):
+    """x xᵀ, whose gradient autograd computes with two products."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x @ x.T
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        x: Tensor = ctx.saved_tensors[0]
+        return (grad + grad.T) @ x
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:

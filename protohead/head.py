@@ -2,7 +2,6 @@
 
 import math
 import warnings
-import weakref
 from collections.abc import Callable, Mapping
 from functools import partial, reduce
 from itertools import compress
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from protohead.cases import case_masks, nearest_case
 from protohead.functional import add_angular_margin, case_cosine, full_precision, normalize, prototype_contrast
-from protohead.grouped import grouped_logits, inverse_norm
+from protohead.grouped import RememberedNorms, grouped_logits
 from protohead.inputs import Features, check_count, check_labels, check_present, per_case, read_features
 from protohead.objective import (
     PROTOTYPE_WEIGHT,
@@ -37,7 +36,6 @@ __all__ = ["DecoupledPrototypeHead"]
 BEYOND = ("bias", "center", "center_rows")  # What the paper's head has not.
 WINDOW = 10_000  # Rows that the features' mean remembers, so that it follows encoders that are trained.
 MANY = 2**7  # Cases; the prototype loss of those of eight modalities takes a second.
-SMALL = 2**14  # Of fewer numbers to make the norms costs no more than to recognise them.
 
 
 class DecoupledPrototypeHead(nn.Module):
@@ -94,7 +92,6 @@ class DecoupledPrototypeHead(nn.Module):
     scale: Tensor
     margin: Tensor
     seen: Tensor
-    _known: tuple[list[Any], list[weakref.ref[Tensor]], list[Tensor], list[Tensor]] | None
     _masks: Tensor
     _block: Tensor
 
@@ -139,7 +136,7 @@ class DecoupledPrototypeHead(nn.Module):
             raise ValueError(f"Expected argument `margin` to be in [0, pi) radians, but got {margin}.")
 
         self._planner = Planner()
-        self._known = None
+        self._norms = RememberedNorms()
         self.prototypes = nn.ParameterDict()
         self._new_prototypes(num_classes, device, dtype)
         # Buffers are real even where the prototypes are on the meta device, so that `to_empty` cannot lose them.
@@ -434,7 +431,7 @@ class DecoupledPrototypeHead(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the remembered norms, which belong to these very prototypes."""
-        return {**self.__dict__, "_known": None}
+        return {**self.__dict__, "_norms": RememberedNorms()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DecoupledPrototypeHead":
         # Buffers follow the device only: `half()` must not round a margin, nor `to_empty()` wipe what was seen.
@@ -473,10 +470,7 @@ class DecoupledPrototypeHead(nn.Module):
         """The logits, and (B, 1): 1 where a row is scored by anything, or 0."""
         # Only the other road differentiates labels.
         reads = _reads_values(present) and (labels is None or not labels.requires_grad)
-        logits, scored = (self._grouped if reads else self._every_block)(rows, present, labels)
-        if self.bias is not None:
-            logits = torch.addcmul(logits, scored, self.bias.to(logits.dtype))
-        return logits, scored
+        return (self._grouped if reads else self._every_block)(rows, present, labels)
 
     def _objective(
         self,
@@ -551,7 +545,8 @@ class DecoupledPrototypeHead(nn.Module):
             # Without a margin φ is the identity: a row that nothing scores keeps its zeros.
             margin = torch.where(active.any(1), self.margin[case], 0)
             cosine = add_angular_margin(cosine, labels, margin.to(cosine.dtype))
-        return cosine * self.scale[case, None].to(cosine.dtype), active.any(1, keepdim=True).to(cosine.dtype)
+        logits, scored = cosine * self.scale[case, None].to(cosine.dtype), active.any(1, keepdim=True).to(cosine.dtype)
+        return logits if self.bias is None else torch.addcmul(logits, scored, self.bias.to(logits.dtype)), scored
 
     def _grouped(self, rows: list[Tensor], present: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """The same on the CPU."""
@@ -565,39 +560,10 @@ class DecoupledPrototypeHead(nn.Module):
                 owners = self._masks.T.nonzero()[:, 1].tolist()  # The case of each block.
                 self.seen[[case for case, count in zip(owners, plan.counts, strict=True) if count]] = True
             share_between_ranks(self.seen, self)
-        norms, centers = self._norms(prototypes), self._centers(dtype)
-        scored = plan.scored.clone()  # Not of inference mode.
-        return grouped_logits(rows, prototypes, plan, labels, norms, centers), scored
-
-    def _norms(self, prototypes: list[Tensor]) -> list[Tensor]:
-        """The prototypes' inverse norms; in inference, remembered until the prototypes change."""
-        prototypes = [p.detach() for p in prototypes]
+        bias = None if self.bias is None else self.bias.to(dtype)
         own = [self.prototypes[name] for name in self.modalities]
-        if (
-            self.training
-            or torch.is_grad_enabled()
-            or sum(p.numel() for p in own) < SMALL
-            or any(p.is_inference() for p in own)
-        ):
-            return [inverse_norm(p) for p in prototypes]
-        # A write to `.data` leaves the version as it was, but hardly the first numbers of all the prototypes.
-        key = [(p.data_ptr(), p._version, wide.dtype) for p, wide in zip(own, prototypes, strict=True)]
-        first = [p[..., 0].detach() for p in own]
-        known = self._known
-        if (
-            known is None
-            or known[0] != key
-            or any(ref() is not p for ref, p in zip(known[1], own, strict=True))
-            or not all(map(torch.equal, known[2], first))
-        ):
-            known = (
-                key,
-                [weakref.ref(p) for p in own],
-                [x.clone() for x in first],
-                [inverse_norm(p) for p in prototypes],
-            )
-            self._known = known
-        return known[3]
+        norms = None if self.training or torch.is_grad_enabled() else self._norms(prototypes, own)
+        return grouped_logits(rows, prototypes, plan, labels, bias, norms, self._centers(dtype)), plan.scored
 
     def _scored_by(self, present: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The blocks that score the rows and their constants: see :meth:`protohead.plan.Plan.of`."""
@@ -607,7 +573,8 @@ class DecoupledPrototypeHead(nn.Module):
         count = active.sum(1)
         # A row that nothing scores keeps its zeros.
         scale, margin = torch.where(count > 0, torch.stack([self.scale[case], self.margin[case]]), 0)
-        return block, torch.stack([scale / count.clamp(min=1), scale.where(count > 0, 1), margin])[:, :, None].to(dtype)
+        constants = scale / count.clamp(min=1), scale.where(count > 0, 1), margin, (count > 0).to(scale.dtype)
+        return block, torch.stack(constants)[:, :, None].to(dtype)
 
     def _mark_seen(self, case: Tensor, active: Tensor) -> None:
         order = torch.arange(len(self.cases), device=case.device)
@@ -626,8 +593,6 @@ class DecoupledPrototypeHead(nn.Module):
         """Features and prototypes in the dtype in which they are computed."""
         prototypes = [self.prototypes[name] for name in self.modalities]
         dtype = _wide(*rows, *prototypes)
-        if {x.dtype for x in rows + prototypes} == {dtype}:
-            return rows, prototypes
         return [x.to(dtype) for x in rows], [p.to(dtype) for p in prototypes]
 
 

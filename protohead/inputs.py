@@ -174,9 +174,11 @@ def check_labels(labels: Tensor, batch: int, num_classes: int) -> None:
     if labels.is_floating_point():
         wrong, allowed = ~((labels >= 0) & (labels <= 1)), "in [0, 1]"
     else:
+        low, high = labels.aminmax() if batch else (0, 0)
+        if low >= 0 and high < num_classes:
+            return
         wrong, allowed = (labels < 0) | (labels >= num_classes), f"in [0, {num_classes}), or -100"
-        if wrong.any():
-            wrong &= labels != -100
+        wrong &= labels != -100
     if wrong.any():
         at = wrong.nonzero()[0].tolist()
         value = labels[tuple(at)].item()

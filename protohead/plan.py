@@ -58,7 +58,7 @@ class Plan(NamedTuple):
 
     @classmethod
     def of(cls, block: Tensor, constants: Tensor, blocks: Sequence[int]) -> "Plan":
-        """From `block`, the (3, B, 1) factor, scale and margin, and the number of blocks of each modality."""
+        """From `block`, the (4, B, 1) factor, scale, margin and scored, and the number of blocks of each modality."""
         flat = block.flatten()
         order, number = flat.argsort(stable=True), flat.bincount(minlength=1 + sum(blocks))
         none, *counts = number.tolist()
@@ -77,15 +77,14 @@ class Plan(NamedTuple):
                     alone.append((v, slice(start - begin, stop - begin)))
             shares.append(Share(rows[begin:stop], begin - none, alone, own))
         starts = torch.arange(0, len(flat), max(1, block.shape[1]), device=flat.device)
-        factor, scale, margin = constants
-        return cls(shares, counts, block, places, starts, factor, scale, margin, (factor > 0).to(factor.dtype))
+        return cls(shares, counts, block, places, starts, *constants)
 
 
 class Planner:
     """Makes plans. It remembers what scores each kind of row, and the plans of small batches."""
 
     def __init__(self) -> None:
-        self._known: dict[bool, tuple[Hashable, Tensor, Tensor, dict[tuple[bool, ...], Plan]]] = {}
+        self._known: dict[bool, tuple[Hashable, Tensor, Tensor, dict[tuple[bool, ...] | None, Plan]]] = {}
 
     def __call__(
         self,
@@ -104,20 +103,21 @@ class Planner:
             training: The two modes are remembered beside each other,
             key: each as long as this, on which `scored_by` depends, stays.
         """
-        batch, modalities = present.shape
-        if 2**modalities > KINDS:
-            return Plan.of(*scored_by(present), blocks)
-        if training not in self._known or self._known[training][0] != key:
-            kinds = torch.tensor(list(product([False, True], repeat=modalities)), device=present.device)
-            self._known[training] = key, *scored_by(kinds), {}
-        _, block, constants, plans = self._known[training]
-        mask = tuple(chain(*present.tolist())) if batch * modalities <= SMALL else None
-        if mask is not None and mask in plans:
-            return plans[mask]
-        kind = present.new_zeros(batch, dtype=torch.int64)
-        for column in present.unbind(1):
-            kind = 2 * kind + column
-        plan = Plan.of(block.index_select(0, kind), constants.index_select(1, kind), blocks)
+        modalities = present.shape[1]
+        mask = tuple(chain(*present.tolist())) if present.numel() <= SMALL else None
+        known = self._known.get(training)
+        if known is not None and known[0] == key and mask in known[3]:
+            return known[3][mask]
+        with torch.inference_mode(False):  # What is remembered must not be of inference mode.
+            if 2**modalities > KINDS:
+                return Plan.of(*scored_by(present), blocks)
+            if known is None or known[0] != key:
+                kinds = torch.tensor(list(product([False, True], repeat=modalities)), device=present.device)
+                self._known[training] = known = key, *scored_by(kinds), {}
+            _, block, constants, plans = known
+            digits = torch.tensor([2**m for m in reversed(range(modalities))], device=present.device)
+            kind = present.long().mv(digits)
+            plan = Plan.of(block.index_select(0, kind), constants.index_select(1, kind), blocks)
         if mask is not None:
             if len(plans) == PLANS:
                 plans.clear()

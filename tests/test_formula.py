@@ -133,12 +133,33 @@ def test_gradients(shared_space):
     assert torch.autograd.gradcheck(loss, inputs)
 
 
-def test_gradients_with_soft_labels():
+@pytest.mark.parametrize("labels", ["none", "one", "soft"])
+def test_gradients_of_all_that_is_learned(labels, monkeypatch):
+    monkeypatch.setattr("protohead.grouped.CHUNK", 6)  # Two prototypes at a time.
     head = DecoupledPrototypeHead({"a": 3, "b": 2}, 3, dtype=torch.float64)
-    features, present = every_case(head, rows=1)
-    labels = torch.rand(len(present), 3, dtype=torch.float64)
-    inputs = [x.requires_grad_() for x in features.values()] + list(head.prototypes.values())
-    assert torch.autograd.gradcheck(lambda a, b, *_: head({"a": a, "b": b}, present, labels), inputs)
+    features, present = every_case(head, rows=2)
+    with torch.no_grad():
+        head.bias.copy_(torch.randn(3))
+        head.center.copy_(torch.randn(5))
+    y = {"none": None, "one": torch.arange(len(present)) % 4 - 1, "soft": torch.rand(len(present), 3).double()}[labels]
+    if labels == "one":
+        y[y == -1] = -100
+    inputs = [x.requires_grad_() for x in features.values()] + list(head.parameters())
+
+    def logits(a, b, *_):
+        return head({"a": a, "b": b}, present, y)
+
+    assert torch.autograd.gradcheck(logits, inputs)
+    assert torch.autograd.gradgradcheck(logits, inputs)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # Of torch's vmap.
+def test_prototype_loss_under_function_transforms():
+    prototypes, seen = torch.randn(5, 2, 3, 4, dtype=torch.float64), [torch.ones(2, dtype=torch.bool)]
+    expected = torch.stack([torch.func.grad(lambda p: prototype_contrast([p], seen))(p) for p in prototypes])
+    got = torch.func.vmap(torch.func.grad(lambda p: prototype_contrast([p], seen)))(prototypes)
+    torch.testing.assert_close(got, expected)
+    assert torch.autograd.gradgradcheck(lambda p: prototype_contrast([p], seen), prototypes[0].requires_grad_())
 
 
 @pytest.mark.parametrize("parameters", [torch.float16, torch.float32, torch.float64])

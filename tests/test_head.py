@@ -388,26 +388,26 @@ ROWS = torch.linspace(-1, 1, 70).sin().view(5, 14)
     ],
 )
 def test_remembered_norms_follow_the_prototypes(change, monkeypatch):
-    monkeypatch.setattr("protohead.head.SMALL", 0)
+    monkeypatch.setattr("protohead.grouped.SMALL", 0)
     torch.manual_seed(0)
     head = DecoupledPrototypeHead({"image": 8, "text": 6}, 3)
     head(ROWS)
     head.eval()
     with torch.no_grad():
-        before, known = head(ROWS), head._known
+        before, known = head(ROWS), head._norms._known
         assert torch.equal(head(ROWS), before)
-        assert head._known is known
+        assert head._norms._known is known
     change(head)
     expected = head(ROWS).detach()  # With gradients nothing is remembered.
     assert not torch.equal(expected, before)
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
             assert torch.equal(head(ROWS), expected)
-    assert head._known is not known
+    assert head._norms._known is not known
 
 
 def test_prototypes_made_in_inference_mode(monkeypatch):
-    monkeypatch.setattr("protohead.head.SMALL", 0)  # They have no version to tell by whether they have changed.
+    monkeypatch.setattr("protohead.grouped.SMALL", 0)  # They have no version to tell by whether they have changed.
     with torch.inference_mode():
         head = DecoupledPrototypeHead({"image": 8, "text": 6}, 3).eval()
         before = head(ROWS)
@@ -420,14 +420,14 @@ def test_prototypes_made_in_inference_mode(monkeypatch):
 
 
 def test_remembered_norms_are_as_wide_as_the_features(monkeypatch):
-    monkeypatch.setattr("protohead.head.SMALL", 0)
+    monkeypatch.setattr("protohead.grouped.SMALL", 0)
     torch.manual_seed(0)
     head = DecoupledPrototypeHead({"image": 8, "text": 6}, 3).eval()
     expected = head(ROWS.double()).detach()
-    assert head._known is None  # With gradients nothing is remembered, nor in training.
+    assert head._norms._known is None  # With gradients nothing is remembered, nor in training.
     with torch.no_grad():
         head.train()(ROWS)
-        assert head._known is None
+        assert head._norms._known is None
         head.seen.zero_()
         head.eval()(ROWS)
         torch.testing.assert_close(head(ROWS.double()), expected, rtol=0, atol=1e-12)
