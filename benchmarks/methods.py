@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from protohead import DecoupledPrototypeHead
-from protohead.cases import case_masks, case_names, nearest_case
+from protohead.cases import case_masks, nearest_case
 from protohead.functional import add_angular_margin, normalize
 
 Features = Mapping[str, Tensor]
@@ -147,7 +147,7 @@ class Paper(nn.Module):
         widths: Widths,
         num_classes: int,
         prototype_weight: float = PROTOTYPE_WEIGHT,
-        cases: tuple[str, ...] | None = None,
+        cases: str | None = None,
     ) -> None:
         super().__init__()
         self.prototype_weight = prototype_weight
@@ -167,19 +167,21 @@ class Paper(nn.Module):
 
 
 class Ours(nn.Module):
-    """What the README recommends: scale 20, and the head's own `loss`, with options of the head and of the loss."""
+    """What the README recommends: scale 20, prototypes that all cases share, and the head's own `loss`."""
 
     def __init__(
         self,
         widths: Widths,
         num_classes: int,
+        decoupled: bool = False,
         scale: float = 20.0,
         objective: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
         self.objective = dict(objective or {})
-        self.head = DecoupledPrototypeHead(widths, num_classes, scale=scale, **options)
+        cases = None if decoupled else "+".join(widths)
+        self.head = DecoupledPrototypeHead(widths, num_classes, scale=scale, cases=cases, **options)
 
     def forward(self, features: Features, present: Tensor) -> Tensor:
         """(B, K)."""
@@ -191,14 +193,9 @@ class Ours(nn.Module):
         return self.head.loss(features, present, labels, **self.objective)
 
 
-def shared(widths: Widths, num_classes: int) -> nn.Module:
-    """The same with one prototype for each modality and class, which all cases share."""
-    return Ours(widths, num_classes, cases=case_names(list(widths))[:1])
-
-
 def cosine_head(widths: Widths, num_classes: int) -> nn.Module:
     """No decoupling: one prototype for each modality and class, the same in every case."""
-    return Paper(widths, num_classes, 0.0, case_names(list(widths))[:1])
+    return Paper(widths, num_classes, 0.0, "+".join(widths))
 
 
 def minimum_entropy(model: nn.Module, features: Features, present: Tensor) -> Tensor:
@@ -229,13 +226,12 @@ METHODS: dict[str, Callable[[Widths, int], nn.Module]] = {
     "undecomposed": Undecomposed,
     "paper, no prototype loss": partial(Paper, prototype_weight=0.0),
     "paper": Paper,
-    "protohead, shared": shared,
+    "protohead, decoupled": partial(Ours, decoupled=True),
     "protohead": Ours,
 }
-# Parts of the whole taken away, one at a time.
+# Parts of the whole taken away or changed, one at a time.
 ABLATIONS: dict[str, Callable[[Widths, int], nn.Module]] = {
     "protohead, no sub-cases": partial(Ours, objective={"subcase_weight": 0.0}),
-    "protohead, no prototype loss": partial(Ours, objective={"prototype_weight": 0.0}),
     "protohead, not centered": partial(Ours, centered=False),
     "protohead, scale 32": partial(Ours, scale=32.0),
 }

@@ -49,12 +49,12 @@ def _modality_names(modalities: Sequence[str]) -> list[str]:
     return names
 
 
-def case_masks(modalities: Sequence[str], cases: Sequence[str] | None = None) -> Tensor:
+def case_masks(modalities: Sequence[str], cases: str | Sequence[str] | None = None) -> Tensor:
     """Which modalities each case holds.
 
     Args:
         modalities: The M modality names in order.
-        cases: Names of the declared cases; all by default. Their order does not matter.
+        cases: Names of the declared cases, or one name; all by default. Their order does not matter.
 
     Returns:
         (C, M) bool on the CPU, the cases in order.

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial, reduce
 from itertools import compress
 from typing import Any
@@ -53,7 +53,7 @@ class DecoupledPrototypeHead(nn.Module):
         scale: s, a positive number, or a mapping by case name that names every case.
         margin: μ in radians, in [0, π), a number or a mapping by case name that names every case. By default 0.10 for
             the complete case and 0.15 for the others.
-        cases: The cases that have prototypes; all 2**M - 1 by default.
+        cases: The cases that have prototypes, or one of them; all 2**M - 1 by default. Other rows use the nearest's.
         shared_space: Whether the modalities share one embedding space, as CLIP's do. Then the prototype loss also
             contrasts prototypes of different modalities.
         centered: Whether there are a center and a bias. False is the paper's head.
@@ -102,7 +102,7 @@ class DecoupledPrototypeHead(nn.Module):
         *,
         scale: float | Mapping[str, float] = 32.0,
         margin: float | Mapping[str, float] | None = None,
-        cases: tuple[str, ...] | list[str] | None = None,
+        cases: str | Sequence[str] | None = None,
         shared_space: bool = False,
         centered: bool = True,
         device: torch.device | str | None = None,
