@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from methods import ABLATIONS, METHODS
+from scipy.stats import t as student
 
 Setting = tuple[str, float]  # What is missing, and at which rate.
 Row = Sequence[str | float]
@@ -24,11 +25,6 @@ SHORT = {"linear, modality dropout": "linear, dropout", "paper, no prototype los
 # Okabe and Ito's colours, which the colour-blind tell apart.
 COLORS = {"linear": "#444b55", "late fusion": "#e69f00", "cosine head": "#009e73", "paper": "#0072b2", OURS: "#d55e00"}
 MARKS = dict(zip(FEW, "svD^o", strict=True))
-# Student's t for a two-sided 95 % interval, for 1 to 30 degrees of freedom.
-T = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
-    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
 
 
 class Results:
@@ -82,17 +78,32 @@ class Results:
         """The mean over cells and seeds."""
         return mean(self.by_seed(method, cells, metric).values())
 
-    def compare(self, a: str, b: str, cells: Sequence[tuple[Any, ...]]) -> tuple[float, int, str]:
-        """Of a minus b, in the cells of both: the mean; 1 or −1 if its interval is above or below 0; the interval."""
+    def compare(self, a: str, b: str, cells: Sequence[tuple[Any, ...]]) -> tuple[float, int, str, float]:
+        """Of a minus b, in the cells of both, paired by seed.
+
+        The mean; 1 or −1 if its interval is above or below 0; the interval; the p-value of Student's t-test.
+        """
         cells = [cell for cell in cells if self.by_seed(a, [cell]) and self.by_seed(b, [cell])]
         x, y = self.by_seed(a, cells), self.by_seed(b, cells)
         values = [x[seed] - y[seed] for seed in x.keys() & y.keys()]
         middle = mean(values)
         if len(values) < 2:
-            return middle, 0, "–"
-        half = T[min(len(values) - 1, len(T)) - 1] * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+            return middle, 0, "–", math.nan
+        error, freedom = float(np.std(values, ddof=1)) / math.sqrt(len(values)), len(values) - 1
+        half = float(student.ppf(0.975, freedom)) * error
         text = f"{percent(middle - half, '+')} to {percent(middle + half, '+')}"
-        return middle, (middle > half) - (middle < -half), text
+        p = 2 * float(student.sf(abs(middle) / error, freedom)) if error else float(middle == 0)
+        return middle, (middle > half) - (middle < -half), text, p
+
+
+def holm(p_values: Iterable[float], level: float = 0.05) -> float:
+    """The largest p-value that is significant among so many (Holm, 1979), or −1."""
+    limit, ordered = -1.0, sorted(p_values)
+    for i, p in enumerate(ordered):
+        if p > level / (len(ordered) - i):
+            break
+        limit = p
+    return limit
 
 
 def mean(values: Collection[float]) -> float:
@@ -136,14 +147,14 @@ def at(setting: Setting) -> str:
 
 def verdict(r: Results) -> list[str]:
     rates = ", ".join(f"{100 * rate:g}" for rate in sorted({cell[1][1] for cell in r.every}))
-    rows, worse, told, groups = list[Row](), list[Row](), 0, defaultdict[int, list[str]](list)
+    rows, worse, told, groups = list[Row](), list[Row](), list[tuple[float, float]](), defaultdict[int, list[str]](list)
     for other in (method for method in r.methods if method != OURS):
-        gain, side, between = r.compare(OURS, other, r.every)
+        gain, side, between, _ = r.compare(OURS, other, r.every)
         groups[side].append(f"`{other}`")
         found = [x for cell in r.every if not math.isnan((x := (*cell, *r.compare(OURS, other, [cell])))[2])]
         counts = [f"{sum(x[3] == way for x in found)} of {len(found)}" for way in (1, -1)]
         rows.append([f"`{other}`", percent(gain, "+"), between, *counts])
-        told += sum(x[4] != "–" for x in found)
+        told += [(x[2], x[5]) for x in found if x[4] != "–"]
         worse += [[x[0], at(x[1]), f"`{other}`", percent(x[2], "+"), x[4]] for x in found if x[3] < 0]
     better, worse_than, level = (", ".join(groups[side]) or "none" for side in (1, -1, 0))
     said = f"On average it is significantly better than {better}; worse than {worse_than}; neither: {level}."
@@ -157,15 +168,20 @@ def verdict(r: Results) -> list[str]:
         "validation split; all scores are of the test split, in percent; ± is the standard deviation of our own over",
         "seeds. A cell is a data set with a kind and rate of missing modality, alike in training and test; there are",
         f"{len(r.every)}. Intervals (95 %, Student's t, paired by seed) show the luck of the seed, not how other data",
-        "would do. Significant is what excludes 0; there is no correction for multiple comparisons.",
+        "would do. Significant is what excludes 0, without a correction for multiple comparisons unless it is said.",
         f"**{r.unfinished} settings and seeds are unfinished, and left out.**" * (r.unfinished > 0),
         "**Of so few seeds this is a look, not a result.**" * (min(r.seeds.values()) < 3),
         f"\n**Over all cells `{OURS}` has a mean macro-F1 of {percent(r.mean(OURS, r.every))}. {said}**",
         *table((f"`{OURS}` minus", "difference", "95 %", "cells better", "cells worse"), rows),
     ]
-    text = f"There are cells in which `{OURS}` is significantly worse: {len(worse)} of {told} comparisons."
+    text = f"There are cells in which `{OURS}` is significantly worse: {len(worse)} of {len(told)} comparisons."
     text = text if worse else f"There is no cell in which `{OURS}` is significantly worse than another method."
-    lines += [f"**{text}** By chance about {told / 40:.0f} would be, were all methods equal."] * (told > 0)
+    limit = holm(p for _, p in told)
+    left = [sum(sign * gain > 0 and p <= limit for gain, p in told) for sign in (-1, 1)]
+    text = f"**{text}** By chance about {len(told) / 40:.0f} would be, were all methods equal."
+    lines += [f"{text} With Holm's correction for all of them it is worse in {left[0]} and better in {left[1]}."] * (
+        len(told) > 0
+    )
     return lines + table(("data", "missing", "worse than", "difference", "95 %"), worse) * (len(worse) > 0)
 
 
@@ -192,7 +208,7 @@ def crosswise(r: Results) -> list[str]:
         lines += [f"### Cases that training lacked\n\nOn their rows alone, where a test has {ENOUGH} of them or more."]
         lines += compared(r, "mean of", [(f"{len(unseen)} cases", unseen)], methods=(*FEW[:3], UNTRAINED, *FEW[3:]))
         for a, b in (("paper", UNTRAINED), (OURS, "paper"), (OURS, "linear")):
-            gain, _, between = r.compare(a, b, unseen)
+            gain, _, between, _ = r.compare(a, b, unseen)
             lines += [f"- `{a}` minus `{b}`: {percent(gain, '+')} ({between})."]
     return lines
 
@@ -202,7 +218,7 @@ def masks(r: Results) -> list[str]:
     for name, cells in r.groups:
         tests = [[(data, s, (*s, wrong)) for data, s in cells if s == LACKING] for wrong in flips]
         rows += [(f"{name}, {100 * wrong:g} %", some) for wrong, some in zip(flips, tests, strict=True)]
-    gain, _, between = r.compare(NO_MASK, "paper", r.every)
+    gain, _, between, _ = r.compare(NO_MASK, "paper", r.every)
     lines = [f"Macro-F1 with this share of the mask wrong in the test; {at(LACKING)}.", *compared(r, "wrong", rows)]
     return [*lines, f"Without a mask, in all cells: `{NO_MASK}` minus `paper` is {percent(gain, '+')} ({between})."]
 
@@ -232,7 +248,7 @@ def choice(r: Results) -> list[str]:
             first, *rest = ranked(cells := [cell for cell in every if cell[1][1] == rate])
             texts.append(f"at {100 * rate:g} % `{first}` with {percent(r.mean(first, cells))}")
             for second in ([OURS] if OURS in rest else rest)[:1]:
-                gain, side, _ = r.compare(second, first, cells)
+                gain, side, *_ = r.compare(second, first, cells)
                 texts[-1] += f" (`{second}` {percent(gain, '+')}{'*' * (side < 0)})"
             close += [f"{100 * rate:g}"] * (r.compare(OURS, "linear", cells)[1] < 1)
         lines.append(f"- On {name} the best method is: {'; '.join(texts)}.")

@@ -104,9 +104,25 @@ def test_verdict(report):
     assert "`protohead` has a mean macro-F1 of 52.7." in text
     assert "significantly better than `linear`, `paper`; worse than none; neither: none." in text
     assert "`protohead` is significantly worse: 1 of 6 comparisons" in text
+    assert "With Holm's correction for all of them it is worse in 1 and better in 5." in text
     assert table(text, "data") == {
         DATA: {"missing": "none", "worse than": "`linear`", "difference": "−2.0", "95 %": "−3.2 to −0.8"}
     }
+
+
+@pytest.mark.parametrize(
+    ("p_values", "limit"),
+    [([0.04, 0.01, 0.02], 0.04), ([0.02, 0.03, 0.04], -1), ([0.9, 0.01, 0.03], 0.01), ([0.0, 1.0], 0.0), ([], -1)],
+)
+def test_holm(module, p_values, limit):
+    assert module.holm(p_values) == limit
+
+
+def test_a_correction_takes_what_chance_may_give(report):
+    row = {**SCORES["linear"], ("image", 0.7): 48.5}  # A lead of 1.5 ± 1.2, of three comparisons.
+    text = report(lines({"linear": row, "protohead": {**SCORES["linear"], ("image", 0.7): 50}}))
+    assert table(text, "`protohead` minus")["`linear`"]["cells better"] == "1 of 3"
+    assert "With Holm's correction for all of them it is worse in 0 and better in 0." in text
 
 
 def test_no_worse_cell(report):
