@@ -1,22 +1,24 @@
 """Starts without training: `head.imprint` with few rows of each class, and whether training goes better from there.
 
-    python benchmarks/shots.py [FILE.npz]
+    python benchmarks/shots.py [FILE.npz] [--names FILE.npz]
 
 For 1, 4, 16 and all complete training rows of each class: macro-F1 by missing case on the test split, of which 70 %
 lacks image or text, of the imprinted head, of a head trained from there, and of one trained from the random start.
 Training takes its learning rate and epoch from the validation split. The mean and standard deviation of five seeds (of
-the rows, the missing table and the start).
+the rows, the missing table and the start). With embeddings of the class names, which class_names.npz has for the
+embedded data, also of no rows at all: prototypes of the modality that they are of, imprinted from the names.
 """
 
 import argparse
 import copy
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from accuracy import BATCH_SIZE, EPOCHS, LEARNING_RATES, SMALL, Rows, rows_of, validate
-from features import load
+from accuracy import BATCH_SIZE, EPOCHS, HERE, LEARNING_RATES, SMALL, Rows, rows_of, validate
+from features import Data, load
 from tqdm import tqdm
 
 from protohead import DecoupledPrototypeHead
@@ -57,12 +59,32 @@ def train(head: DecoupledPrototypeHead, training: Rows, validation: Rows, seed: 
     return chosen
 
 
+def named(path: Path, data: Data) -> DecoupledPrototypeHead:
+    """A head imprinted with embeddings of class names, (P, D) by modality, and their `label` (P,)."""
+    with np.load(path) as file:
+        rows = {name: torch.from_numpy(file[name]).float() for name in data.features if name in file}
+        labels = torch.from_numpy(file["label"])
+    # With prototypes for each case, rows are scored by the modalities that there are names in, and by no random ones.
+    head = DecoupledPrototypeHead(data.widths, data.num_classes, scale=20)
+    imprint(head, rows, labels)
+    return head
+
+
+def imprint(head: DecoupledPrototypeHead, *rows: Any) -> None:
+    """Without a word on what has no rows: few rows of a class may all lack a modality, and so may names."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        head.imprint(*rows)
+
+
 def main() -> None:
     """Print one Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, nargs="?", default=SMALL, help="one label a row; default: the embedded data")
+    parser.add_argument("--names", type=Path, help="embeddings of class names in some of the modalities, and label")
     parser.add_argument("--seeds", type=int, default=5)
     arguments = parser.parse_args()
+    names = arguments.names or (HERE / "class_names.npz" if arguments.data == SMALL else None)
     try:
         data = load(arguments.data)
     except ValueError as error:
@@ -70,34 +92,33 @@ def main() -> None:
     if data.labels.is_floating_point():
         parser.error("Expected one label a row, but got several.")
     torch.set_num_threads(1)
-    scores: dict[tuple[int, str], dict[str, list[float]]] = {}
+    scores: dict[tuple[int | str, str], dict[str, list[float]]] = {}
+
+    def add(key: tuple[int | str, str], head: DecoupledPrototypeHead, test: Rows) -> None:
+        with torch.no_grad():
+            logits = head.eval()(*test[:2])
+        for row in evaluate(logits, test.labels, test.present, list(data.features)).rows():
+            scores.setdefault(key, {}).setdefault(str(row["case"]), []).append(100 * float(row["macro_f1"]))
+
     for seed in tqdm(range(arguments.seeds), unit="seed"):
         whole = rows_of(data, "train", "none", 0.0, seed)
         validation, test = (rows_of(data, split, "all", 0.7, seed) for split in ("val", "test"))
+        if names:
+            add(("none", "class names"), named(names, data), test)
         for shots in SHOTS:
             training = pick(whole, shots, data.num_classes, seed)
             torch.manual_seed(seed)
-            random = DecoupledPrototypeHead(data.widths, data.num_classes, scale=20)
+            random = DecoupledPrototypeHead(data.widths, data.num_classes, scale=20, cases="+".join(data.widths))
             imprinted = copy.deepcopy(random)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # A class may have no row with a modality.
-                imprinted.imprint(training.features, training.labels, training.present)
-            heads = {
-                "imprinted": imprinted.eval(),
-                "imprinted, then trained": train(imprinted, training, validation, seed),
-                "random, then trained": train(random, training, validation, seed),
-            }
-            for name, head in heads.items():
-                with torch.no_grad():
-                    logits = head.eval()(*test[:2])
-                for row in evaluate(logits, test.labels, test.present, list(data.features)).rows():
-                    found = scores.setdefault((shots, name), {})
-                    found.setdefault(str(row["case"]), []).append(100 * float(row["macro_f1"]))
-    cases = list(scores[SHOTS[0], STARTS[0]])
+            imprint(imprinted, training.features, training.labels, training.present)
+            heads = imprinted, *(train(start, training, validation, seed) for start in (imprinted, random))
+            for name, head in zip(STARTS, heads, strict=True):
+                add((shots or "all", name), head, test)
+    cases = list(next(iter(scores.values())))
     print(f"| rows a class | start | {' | '.join(cases)} |\n|{'---|' * (2 + len(cases))}")
-    for (shots, name), found in scores.items():
+    for key, found in scores.items():
         cells = [f"{np.mean(found[case]):.1f} ± {np.std(found[case], ddof=1):.1f}" for case in cases]
-        print(f"| {shots or 'all'} | {name} | {' | '.join(cells)} |")
+        print(f"| {' | '.join(map(str, key))} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from protohead import DecoupledPrototypeHead
 
 HERE = Path(__file__).parent
-METHODS = ("nn.Linear", "head", "head, shared", "products alone", "linear per case", "ArcFaceLoss", "gather")
+METHODS = ("nn.Linear", "head", "head, decoupled", "products alone", "linear per case", "ArcFaceLoss", "gather")
 COLORS = ("#444b55", "#d1495b", "#e98a95", "#2a9d6f", "#8a8f98", "#3d7ea6", "#e0a030")
 PROTOTYPES = (101, 1000)  # Numbers of classes for the prototype loss, of two blocks of two modalities, 512 wide.
 
@@ -138,9 +138,9 @@ def method(name: str, size: Size, device: torch.device) -> tuple[nn.Module, Call
     _, present, _ = batch_of(size, device)
     case = (present.long() << torch.arange(size.modalities, device=device)).sum(1)
     total = size.modalities * size.width
-    if name in ("head", "head, shared"):
+    if name in ("head", "head, decoupled"):
         widths = {f"m{m}": size.width for m in range(size.modalities)}
-        cases = None if name == "head" else ["+".join(widths)]
+        cases = "+".join(widths) if name == "head" else None  # The first is what the README recommends.
         head = DecoupledPrototypeHead(widths, size.classes, cases=cases, device=device)
         return head, lambda head, x, y: head(x, present, y), ()
     if name == "products alone":

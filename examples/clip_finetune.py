@@ -60,8 +60,9 @@ def build(settings: dict[str, Any]) -> tuple[PrototypeClassifier, Any, Any, Any]
     except Exception as error:  # open_clip and the model hub raise many kinds.
         tags = f"; its tags: {', '.join(open_clip.list_pretrained_tags_by_model(name))}" if tag else ""
         raise InputError(f"Expected --model and --pretrained that load, but got {error}{tags}.") from error
-    # A preset is DPL's: its head has no center and no bias.
-    options = {key: settings[key] for key in ("trainable", "scale", "margin")} | {"centered": not settings["preset"]}
+    options = {key: settings[key] for key in ("trainable", "scale", "margin")}
+    # A preset is DPL's: its head has prototypes for each missing case, no center and no bias.
+    options |= {"centered": False} if settings["preset"] else {"cases": "image+text"}
     try:
         return attach(clip, len(settings["classes"]), **options), augment, transform, tokenizer
     except ValueError as error:

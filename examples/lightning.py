@@ -102,7 +102,7 @@ def build(name: str | None, pretrained: str | None, trainable: list[str]) -> tup
     else:
         clip, _, transform = open_clip.create_model_and_transforms(name, pretrained)
         tokenizer = open_clip.get_tokenizer(name)
-    return attach(clip, len(CLASSES), trainable=trainable), Batches(transform, tokenizer)
+    return attach(clip, len(CLASSES), scale=20, cases="image+text", trainable=trainable), Batches(transform, tokenizer)
 
 
 def main() -> None:

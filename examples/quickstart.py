@@ -134,7 +134,7 @@ def train(
     # This is the swap. The head reads from the zeros which modalities are missing.
     model: nn.Module
     if method == "head":
-        model = DecoupledPrototypeHead(widths, num_classes, scale=scale)
+        model = DecoupledPrototypeHead(widths, num_classes, scale=scale, cases="image+text")
     else:
         model = nn.Linear(sum(widths.values()), num_classes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)

@@ -56,6 +56,8 @@ def case_cosine(x: Tensor, prototypes: Tensor, block: Tensor, active: Tensor) ->
     # Scaled afterwards: there is no normalised copy of the prototypes.
     norm = torch.linalg.vector_norm(prototypes, dim=-1)
     every_block = torch.einsum("bd,vkd->bvk", x, prototypes) / torch.where(norm > 0, norm, 1)
+    if len(prototypes) == 1:
+        return every_block.squeeze(1)
     # Not take_along_dim: it fixes the batch size of an exported graph.
     return every_block.gather(1, block[:, None, None].expand(-1, 1, prototypes.shape[1])).squeeze(1)
 

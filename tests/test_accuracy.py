@@ -177,3 +177,11 @@ def test_shots(monkeypatch, capsys, tmp_path):
     assert lines[0].endswith("| image+text | image | text | all rows | mean of cases |")
     one = shots.pick(accuracy.rows_of(load(tmp_path / "a.npz"), "train", "none", 0.0, 0), 1, 3, 0)
     assert sorted(one.labels.tolist()) == [0, 1, 2]
+
+
+def test_class_names_score_what_they_are_of():
+    head = shots.named(accuracy.HERE / "class_names.npz", load(accuracy.SMALL))
+    assert head.seen_cases == ("text",)
+    logits = head.eval()({"image": torch.randn(3, 128), "text": head.prototypes["text"][1, [0, 4, 12]]})
+    assert logits.argmax(1).tolist() == [0, 4, 12]
+    assert not head({"image": torch.randn(3, 128)}).any()
