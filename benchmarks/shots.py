@@ -64,7 +64,7 @@ def named(path: Path, data: Data) -> DecoupledPrototypeHead:
     with np.load(path) as file:
         rows = {name: torch.from_numpy(file[name]).float() for name in data.features if name in file}
         labels = torch.from_numpy(file["label"])
-    # With prototypes for each case, rows are scored by the modalities that there are names in, and by no random ones.
+    # Rows are scored by the modalities that there are names in; the others have not been seen.
     head = DecoupledPrototypeHead(data.widths, data.num_classes, scale=20)
     imprint(head, rows, labels)
     return head

@@ -21,6 +21,7 @@ import json
 import os
 from collections.abc import Sequence
 from difflib import get_close_matches
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from torchmetrics.functional.classification import (
 from tqdm import tqdm
 
 from protohead import PrototypeClassifier, attach
+from protohead.cases import case_names
 
 # -- the model --------------------------------------------------------------------------------------------------------
 
@@ -127,14 +129,12 @@ def score(logits: Tensor, targets: Tensor, threshold: float) -> dict[str, float]
     return {"macro-F1": 100 * f1.item(), "accuracy": 100 * accuracy.item()}
 
 
-def table(outputs: tuple[Tensor, Tensor, Tensor], cases: Sequence[str], threshold: float) -> list[dict[str, Any]]:
+def table(outputs: tuple[Tensor, Tensor, Tensor], threshold: float) -> list[dict[str, Any]]:
     """The scores by what the rows have, with the number of rows, and over all."""
     logits, present, targets = outputs
-    names = [
-        "+".join(name for name, has in zip(("image", "text"), row, strict=True) if has) for row in present.tolist()
-    ]
+    names = ["+".join(compress(MODALITIES, row)) for row in present.tolist()]
     lines = []
-    for case in (*cases, "all rows"):
+    for case in (*case_names(MODALITIES), "all rows"):
         rows = torch.tensor([case in (name, "all rows") for name in names])
         if rows.any():
             scores = {name: f"{x:.1f}" for name, x in score(logits[rows], targets[rows], threshold).items()}
@@ -210,7 +210,7 @@ def train(arguments: argparse.Namespace) -> None:
         settings["threshold"] = max(steps, key=lambda step: score(logits, targets, step)["macro-F1"])
     (arguments.output / "settings.json").write_text(json.dumps(settings, default=str, indent=1), "utf-8")
 
-    lines = table(predict(model, data["test"], arguments), model.head.cases, settings["threshold"])
+    lines = table(predict(model, data["test"], arguments), settings["threshold"])
     with open(arguments.output / "scores.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(lines[0]))
         writer.writeheader()
@@ -248,7 +248,7 @@ def use(arguments: argparse.Namespace) -> None:
         for row, has, x in zip(rows, present.tolist(), probabilities, strict=True):
             chosen = (x >= settings["threshold"]).nonzero()[:, 0].tolist() if settings["several"] else [int(x.argmax())]
             names = [settings["classes"][i] for i in chosen if any(has)]  # Of a row with nothing, nothing is said.
-            case = "+".join(name for name, it in zip(("image", "text"), has, strict=True) if it)
+            case = "+".join(compress(MODALITIES, has))
             numbers = [f"{x[i]:.4f}" for i in chosen if any(has)]
             writer.writerow([row.where, case, "|".join(names), "|".join(numbers)])
     print(f"Written to {path}: {len(rows)} rows.")

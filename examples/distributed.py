@@ -27,6 +27,7 @@ from torch.utils.data.distributed import DistributedSampler
 from tqdm import tqdm
 
 from protohead import PrototypeClassifier, attach
+from protohead.cases import case_masks, case_names, nearest_case
 
 
 @contextmanager
@@ -87,17 +88,19 @@ def accuracy(model: PrototypeClassifier, wrapped: Any, data: TensorDataset, batc
     """Percent right, by case and over all rows; the same on all ranks."""
     # Equally many batches on each rank, as FSDP2 needs. Row i is of rank i % ranks; at the end, rows come again.
     sampler: DistributedSampler[Any] = DistributedSampler(data, shuffle=False)
-    counts = torch.zeros(2, len(model.head.cases), dtype=torch.long, device=(device := model.head.seen.device))
+    cases, device = case_names(model.head.modalities), model.head.seen.device
+    masks = case_masks(model.head.modalities).to(device)
+    counts = torch.zeros(2, len(cases), dtype=torch.long, device=device)
     wrapped.eval()
     for number, batch in enumerate(DataLoader(data, batch_size, sampler=sampler)):
         image, text, present, labels = (x.to(device) for x in batch)
         right = wrapped({"image": image, "text": text}, present).argmax(1) == labels
         row = (number * batch_size + torch.arange(len(labels), device=device)) * dist.get_world_size() + dist.get_rank()
         for count, chosen in zip(counts, (right, right | True), strict=True):
-            count += model.head.case_index(present[chosen & (row < len(data))]).bincount(minlength=len(count))
+            count += nearest_case(present[chosen & (row < len(data))], masks).bincount(minlength=len(count))
     dist.all_reduce(counts)
     hits, rows = counts.tolist()
-    scores = {case: 100 * h / n for case, h, n in zip(model.head.cases, hits, rows, strict=True) if n}
+    scores = {case: 100 * h / n for case, h, n in zip(cases, hits, rows, strict=True) if n}
     return {**scores, "all rows": 100 * sum(hits) / sum(rows)}
 
 

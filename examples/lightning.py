@@ -26,6 +26,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from protohead import PrototypeClassifier, attach
+from protohead.cases import case_masks, case_names, nearest_case
 
 PROTOTYPE_WEIGHT = 0.9  # λ; try 0.1 to 10, and keep what validates best.
 
@@ -41,7 +42,8 @@ class MissingModalities(LightningModule):
             "accuracy": MulticlassAccuracy(count, average="micro", ignore_index=-100),
             "f1": MulticlassF1Score(count, ignore_index=-100),
         }
-        names = ("all", *model.head.cases)
+        self.cases, self.masks = case_names(model.head.modalities), case_masks(model.head.modalities)
+        names = ("all", *self.cases)
         self.scores: Any = nn.ModuleDict({name: MetricCollection(metrics).clone(prefix=f"{name}/") for name in names})
 
     def training_step(self, batch: dict[str, Any], _: int) -> Tensor:
@@ -54,9 +56,9 @@ class MissingModalities(LightningModule):
     def validation_step(self, batch: dict[str, Any], _: int) -> None:
         """Count each row among all rows, and in its case; the others are ignored there."""
         logits, labels = self.model(batch["inputs"], batch["present"]), batch["labels"]
-        case = self.model.head.case_index(batch["present"])
+        case = nearest_case(batch["present"], self.masks.to(logits.device))
         self.scores["all"].update(logits, labels)
-        for index, name in enumerate(self.model.head.cases):
+        for index, name in enumerate(self.cases):
             self.scores[name].update(logits, torch.where(case == index, labels, -100))
 
     def on_validation_epoch_end(self) -> None:

@@ -68,7 +68,7 @@ class DecoupledPrototypeHead(nn.Module):
         center: (ΣD_m,) float64 buffer, the mean of each modality's features in training; or None.
         scale: (C,) float64 buffer; change it in place, as in ``head.scale.fill_(16)``.
         margin: (C,) float64 buffer, radians; change it in place.
-        seen: (C,) bool buffer: the cases that training has seen.
+        seen: (C, M) bool buffer: the modalities of each case of which training has seen rows.
 
     Raises:
         ValueError: If an argument is not as said.
@@ -149,7 +149,7 @@ class DecoupledPrototypeHead(nn.Module):
         self.register_buffer("center_rows", zeros(len(self.modalities)) if centered else None)
         self.register_buffer("scale", torch.tensor(scales, dtype=constant, device=real))
         self.register_buffer("margin", torch.tensor(margins, dtype=constant, device=real))
-        self.register_buffer("seen", torch.zeros(len(masks), dtype=torch.bool, device=real))
+        self.register_buffer("seen", torch.zeros(masks.shape, dtype=torch.bool, device=real))
         self.register_buffer("_masks", masks.to(real), persistent=False)
         # Which block of a modality's prototypes belongs to a case; 0 where the case lacks the modality.
         block = (masks.cumsum(0) - 1).where(masks, 0)
@@ -170,7 +170,8 @@ class DecoupledPrototypeHead(nn.Module):
         In training mode the cases of the batch are marked as seen. In eval mode a row of a case that training has not
         seen is scored by the nearest seen case (see :func:`protohead.cases.nearest_case`) and the modalities it shares
         with that; while none has been seen, every case scores its own rows. A case left out of `cases=` always falls
-        back like this, in training over the declared cases.
+        back like this, in training over the declared cases. What such rows lack stays unseen in the case that scores
+        them, which counts as one without it: a modality that training never had says nothing.
 
         Args:
             features: Name to (B, D_m) features, or one (B, ΣD_m) concatenation. A modality that is None or left out is
@@ -301,7 +302,7 @@ class DecoupledPrototypeHead(nn.Module):
         if sample is not None:
             check_count("sample", sample)
         seen = self._seen_or_all()
-        blocks = [seen[self._masks[:, m]] for m in range(len(self.modalities))]
+        blocks = [seen[held, m] for m, held in enumerate(self._masks.T)]
         prototypes = [gather_for_loss(self.prototypes, name, self) for name in self.modalities]
         dtype = _wide(*prototypes)
         with full_precision(seen.device):
@@ -321,8 +322,8 @@ class DecoupledPrototypeHead(nn.Module):
 
     @property
     def seen_cases(self) -> tuple[str, ...]:
-        """The names of the cases that training, or :meth:`imprint`, has seen, in order."""
-        return tuple(case for case, seen in zip(self.cases, self.seen.tolist(), strict=True) if seen)
+        """The names of the cases that have scored rows in training, or any modality's in :meth:`imprint`, in order."""
+        return tuple(compress(self.cases, self.seen.any(1).tolist()))
 
     # -- prototypes without training, and anew ------------------------------------------------------------------------
 
@@ -330,7 +331,7 @@ class DecoupledPrototypeHead(nn.Module):
         """Set the prototypes to class means: a classifier with no training (weight imprinting, arXiv 1712.07136).
 
         The prototype of a class is the normalised mean of its normalised features, per modality, over all the rows
-        that have the modality; every case starts from the same. Cases whose modalities all had rows become seen.
+        that have the modality; every case starts from the same. Modalities that had rows become seen, in every case.
 
         Args:
             features: As in :meth:`forward`, for all the rows at once.
@@ -364,7 +365,7 @@ class DecoupledPrototypeHead(nn.Module):
                 prototype.copy_(torch.where(known[:, None], normalize(mean), prototype))
                 given.append(known.any())
                 unknown[name] = (~known).nonzero()[:, 0].tolist()
-            self.seen |= (torch.stack(given) | ~self._masks).all(1)
+            self.seen |= torch.stack(given) & self._masks
         for name, classes in unknown.items():
             if classes:
                 what = f"No row of classes {classes} has {name!r}: these prototypes are unchanged."
@@ -458,13 +459,14 @@ class DecoupledPrototypeHead(nn.Module):
         self.register_parameter("bias", bias)
 
     def _seen_or_all(self) -> Tensor:
-        return self.seen | ~self.seen.any()
+        """The (C, M) masks of the cases, without what has not been seen."""
+        return self._masks & (self.seen | ~self.seen.any())
 
     def _route(self, present: Tensor) -> tuple[Tensor, Tensor]:
         """The case that scores each row, and (B, M) which modalities it scores (none where nothing is present)."""
-        case = nearest_case(present, self._masks, None if self.training else self._seen_or_all())
-        case = case.clamp(max=len(self.cases) - 1)
-        return case, present & self._masks[case]
+        masks = self._masks if self.training else self._seen_or_all()
+        case = nearest_case(present, masks, masks.any(1)).clamp(max=len(self.cases) - 1)
+        return case, present & masks[case]
 
     def _logits(self, rows: list[Tensor], present: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """The logits, and (B, 1): 1 where a row is scored by anything, or 0."""
@@ -551,14 +553,14 @@ class DecoupledPrototypeHead(nn.Module):
     def _grouped(self, rows: list[Tensor], present: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """The same on the CPU."""
         rows, prototypes = self._widened(rows)
-        dtype, seen = prototypes[0].dtype, self.seen.tolist()
+        dtype, seen = prototypes[0].dtype, self.seen.flatten().tolist()
         key = dtype, not self.training and tuple(seen), tuple(self.scale.tolist()), tuple(self.margin.tolist())
         scored_by = partial(self._scored_by, dtype=dtype)
         plan = self._planner(present, [len(p) for p in prototypes], scored_by, self.training, key)
         if self.training:
-            if not all(seen):
-                owners = self._masks.T.nonzero()[:, 1].tolist()  # The case of each block.
-                self.seen[[case for case, count in zip(owners, plan.counts, strict=True) if count]] = True
+            if sum(seen) < len(plan.counts):
+                modality, case = self._masks.T.nonzero()[torch.tensor(plan.counts) > 0].T  # Of the blocks with rows.
+                self.seen[case, modality] = True
             share_between_ranks(self.seen, self)
         bias = None if self.bias is None else self.bias.to(dtype)
         own = [self.prototypes[name] for name in self.modalities]
@@ -578,7 +580,7 @@ class DecoupledPrototypeHead(nn.Module):
 
     def _mark_seen(self, case: Tensor, active: Tensor) -> None:
         order = torch.arange(len(self.cases), device=case.device)
-        self.seen |= ((case[:, None] == order) & active.any(1, keepdim=True)).any(0)
+        self.seen |= ((case[:, None] == order)[:, :, None] & active[:, None]).any(0)
         share_between_ranks(self.seen, self)
 
     def _mean_cosines(self, rows: list[Tensor], case: Tensor, active: Tensor) -> list[Tensor]:

@@ -87,7 +87,7 @@ def test_prototype_loss(modalities, shared_space, temperature, dtype):
     head = DecoupledPrototypeHead(widths, 3, dtype=dtype, shared_space=shared_space)
     groups = [head.cases, head.cases[:1], head.cases[-1:], head.cases[: len(head.cases) // 2 + 1], head.cases[1::2]]
     for seen in groups:
-        head.seen.copy_(torch.tensor([case in seen for case in head.cases]))
+        head.seen.copy_(torch.tensor([[case in seen] for case in head.cases]))
         taking_part = seen or head.cases
         expected = reference.prototype_loss(head, taking_part, temperature)
         got = head.prototype_loss(temperature=temperature)
@@ -256,7 +256,7 @@ def test_plans_of_small_batches_follow_what_they_depend_on():
     features, present = every_case(head, rows=1)
     for change in (
         lambda: head.eval(),
-        lambda: head.seen.copy_(torch.tensor([True, False, False])),
+        lambda: head.seen.copy_(torch.tensor([[True], [False], [False]])),
         lambda: head.scale.fill_(3),
         lambda: head.train(),
         lambda: head.margin.fill_(0.3),

@@ -226,7 +226,7 @@ def test_eval_falls_back_to_the_nearest_seen_case():
     cases = reference.cases_of(head.modalities)
     for pattern in range(1, 2 ** len(cases)):
         seen = [case for c, case in enumerate(cases) if pattern >> c & 1]
-        head.seen.copy_(torch.tensor([case in seen for case in cases]))
+        head.seen.copy_(torch.tensor([[case in seen] for case in cases]))
         if pattern % 9:  # A ninth of the 127 subsets is compared in full.
             continue
         expected = reference.contributions(head, features, present, seen=seen)
@@ -254,6 +254,38 @@ def test_declared_cases_fall_back_in_training_too():
     assert head.case_index(present).tolist() == [0, 1, 0, 0, 1, 1, 2, 3]
     head.train()(features, present[4:5].repeat(8, 1))
     assert head.seen_cases == ("a+b",)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("cases", [None, ["a+b"], ["a+b", "b"]])
+def test_a_modality_that_was_never_trained_says_nothing(cases, grouped, monkeypatch):
+    monkeypatch.setattr("protohead.head._reads_values", lambda _: grouped)
+    torch.manual_seed(0)
+    head = DecoupledPrototypeHead({"a": 5, "b": 3}, 4, cases=cases, shared_space=False, dtype=torch.float64)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    only_a = torch.tensor([[True, False]] * 3)
+    head(x, only_a)
+    assert head.seen_cases == ("a" if cases is None else "a+b",)
+    head.eval()
+    torch.testing.assert_close(head(x, torch.ones(3, 2, dtype=torch.bool)), head(x, only_a))
+    torch.testing.assert_close(head.contributions(x).sum(2)[:, 1], torch.zeros(3, dtype=torch.float64))
+    assert not head(x, ~only_a).any()
+    head.prototype_loss().backward()
+    assert not head.prototypes["b"].grad.any()
+    head.train()(x, ~only_a)
+    assert head.eval()(x, ~only_a).any(1).all()
+
+
+def test_imprint_of_one_modality():
+    head = DecoupledPrototypeHead({"a": 5, "b": 3}, 4, cases="a+b")
+    with pytest.warns(UserWarning, match="has 'a'"):
+        head.imprint({"b": torch.randn(4, 3)}, torch.arange(4))
+    x, there = torch.randn(3, 8), torch.ones(3, 2, dtype=torch.bool)
+    there[1, 1] = False
+    assert head.seen_cases == ("a+b",)
+    expected = 32 * F.cosine_similarity(x[:, None, 5:], head.prototypes["b"], dim=2)
+    expected[1] = 0
+    torch.testing.assert_close(head.eval()(x, there), expected)
 
 
 def test_case_index():
@@ -297,7 +329,7 @@ def test_imprint_is_computed_in_full_precision_and_adds_to_what_was_seen(dtype):
         assert (head.prototypes["a"][:, k] - mean).abs().max() < 1e-6
     with pytest.warns(UserWarning, match="'a'"):
         head.imprint({"b": torch.randn(4, 3)}, torch.arange(4))
-    assert head.seen_cases == ("a", "b")
+    assert head.seen_cases == ("a+b", "a", "b")
 
 
 def test_imprint_leaves_a_class_whose_rows_cancel():
@@ -331,7 +363,7 @@ def test_imprint_says_which_classes_it_has_no_rows_for():
     assert "classes [0, 1, 2, 3] has 'b'" in texts[1]
     assert torch.equal(head.prototypes["a"][:, [1, 3]], before["a"][:, [1, 3]])
     assert torch.equal(head.prototypes["b"], before["b"])
-    assert head.seen_cases == ("a",)
+    assert head.seen_cases == ("a+b", "a")
 
 
 def test_initialisation_is_xavier_normal_per_block():

@@ -23,7 +23,7 @@ def test_code_blocks_run_in_order(tmp_path, monkeypatch):
     for block in blocks:
         exec(block, names)
     assert names["predicted"].shape == (4,)
-    assert names["head"].seen_cases == ("image+text", "image", "text")
+    assert names["head"].cases == names["head"].seen_cases == ("image+text",)
     assert (tmp_path / "model.safetensors").exists()
 
 
