@@ -21,18 +21,28 @@ class Data(NamedTuple):
     rows: dict[str, Tensor]  # split to its row numbers
     num_classes: int
     digest: str  # of the file
+    group: Tensor  # (N,) int64: rows of one number, near-duplicates, are never in two splits
 
     @property
     def widths(self) -> dict[str, int]:
         """What a head is built with."""
         return {name: x.shape[1] for name, x in self.features.items()}
 
+    def split_anew(self, seed: int) -> "Data":
+        """The training and validation rows in new splits of 60, 20 and 20 % of their groups; no test row is in any."""
+        known = torch.cat([self.rows["train"], self.rows["val"]])
+        groups, group = self.group[known].unique(return_inverse=True)
+        place = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))[group] / len(groups)
+        parts = place < 0.6, (place >= 0.6) & (place < 0.8), place >= 0.8
+        rows = {name: known[part] for name, part in zip(SPLITS, parts, strict=True)}
+        return self._replace(name=f"{self.name}, new splits", rows=rows)
+
 
 def load(path: Path, modalities: tuple[str, ...] = ("image", "text")) -> Data:
     """Read arrays named like the modalities (N, D), `label` (N,) or (N, K) of 0 and 1, and `split` (N,).
 
     A modality is missing in a row where `has_<name>` says so, or its features are zeros; rows with nothing are left
-    out.
+    out. `group` (N,), if there, are integers: see :class:`Data`.
 
     Raises:
         ValueError: If the file holds anything else.
@@ -75,7 +85,11 @@ def load(path: Path, modalities: tuple[str, ...] = ("image", "text")) -> Data:
         raise ValueError(f"Expected every class in the training split of {path}, but {unknown[:5]} are not.")
     name = path.stem if modalities == ("image", "text") else f"{path.stem}, {'+'.join(modalities)}"
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-    return Data(name, features, present, labels, rows, num_classes, digest)
+    group = np.asarray(data.get("group", np.arange(count)))
+    if group.shape != (count,) or group.dtype.kind not in "iu":
+        raise ValueError(f"Expected 'group' to be ({count},) integers, but got {group.dtype} {group.shape}.")
+    groups = torch.from_numpy(group.astype(np.int64))
+    return Data(name, features, present, labels, rows, num_classes, digest, groups)
 
 
 def _read_labels(label: np.ndarray) -> tuple[Tensor, int]:

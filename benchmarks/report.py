@@ -169,6 +169,8 @@ def verdict(r: Results) -> list[str]:
         "seeds. A cell is a data set with a kind and rate of missing modality, alike in training and test; there are",
         f"{len(r.every)}. Intervals (95 %, Student's t, paired by seed) show the luck of the seed, not how other data",
         "would do. Significant is what excludes 0, without a correction for multiple comparisons unless it is said.",
+        "A seed is also one of its own splits, of the training and validation rows alone: so intervals show the luck"
+        " of the rows, too, though seeds share most of them." * any("new splits" in name for name in r.data),
         f"**{r.unfinished} settings and seeds are unfinished, and left out.**" * (r.unfinished > 0),
         "**Of so few seeds this is a look, not a result.**" * (min(r.seeds.values()) < 3),
         f"\n**Over all cells `{OURS}` has a mean macro-F1 of {percent(r.mean(OURS, r.every))}. {said}**",

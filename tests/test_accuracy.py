@@ -167,6 +167,30 @@ def test_wrong_arguments(tmp_path, monkeypatch, capsys):
     assert Path(tmp_path / "accuracy.csv").read_text() == "a,b\n1,2\n"
 
 
+def test_new_splits(tmp_path):
+    group = np.arange(600) // 3  # Triples, not in order of splits.
+    data = load(written(tmp_path / "a.npz", rows=600, group=group.astype(np.int32)))
+    known = set(data.rows["train"].tolist()) | set(data.rows["val"].tolist())
+    found = [data.split_anew(seed) for seed in (0, 0, 1)]
+    for new in found:
+        parts = [new.rows[name].tolist() for name in ("train", "val", "test")]
+        assert new.name == "a, new splits"
+        assert sorted(parts[0] + parts[1] + parts[2]) == sorted(known)  # No test row, and none twice.
+        groups = [{int(group[row]) for row in part} for part in parts]
+        assert sum(map(len, groups)) == len(set.union(*groups))  # No group in two.
+        assert [round(len(x) / len(set(group[list(known)])), 2) for x in groups] == [0.6, 0.2, 0.2]
+    assert torch.equal(found[0].rows["test"], found[1].rows["test"])
+    assert not torch.equal(found[0].rows["test"], found[2].rows["test"])
+
+
+def test_tasks_of_new_splits():
+    whole = accuracy.tasks(SMALL, ("image", "text"), quick=False, split_anew=True)
+    assert {task.method for task in whole} == set(accuracy.MAIN) <= set(METHODS)
+    assert {(task.missing, task.rate) for task in whole} == {("none", 0), ("image", 0.7), ("text", 0.7), ("all", 0.7)}
+    assert {task.seed for task in whole} == set(range(10))
+    assert whole[0].read().rows["test"].tolist() != accuracy.read(SMALL, ("image", "text")).rows["test"].tolist()
+
+
 def test_shots(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(shots, "SHOTS", (1, 0))
     monkeypatch.setattr(shots, "EPOCHS", 1)
