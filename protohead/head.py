@@ -20,6 +20,7 @@ from protohead.objective import (
     check_objective,
     classification_loss,
     split_modalities,
+    update_mean,
 )
 from protohead.plan import Planner
 from protohead.sharding import (
@@ -34,7 +35,6 @@ from protohead.sharding import (
 __all__ = ["DecoupledPrototypeHead"]
 
 BEYOND = ("bias", "center", "center_rows")  # What the paper's head has not.
-WINDOW = 10_000  # Rows that the features' mean remembers, so that it follows encoders that are trained.
 MANY = 2**7  # Cases; the prototype loss of those of eight modalities takes a second.
 
 
@@ -486,7 +486,8 @@ class DecoupledPrototypeHead(nn.Module):
     ) -> Tensor:
         """What :meth:`loss` returns."""
         if self.training:
-            self._learn_center(rows, present)
+            if self.center is not None and self.center_rows is not None:
+                update_mean(self.center, self.center_rows, rows, present, partial(sum_between_ranks, module=self))
         elif torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             warnings.warn("Expected training mode: in eval mode no case is marked as seen; call train().", stacklevel=4)
         batch = present.shape[0]
@@ -504,24 +505,6 @@ class DecoupledPrototypeHead(nn.Module):
         count = weights[:batch].sum()
         total = (losses[:batch].sum() + subcase_weight * losses[batch:].sum()) / torch.where(count > 0, count, 1)
         return total + prototype_weight * self.prototype_loss() if prototype_weight else total
-
-    @torch.no_grad()
-    def _learn_center(self, rows: list[Tensor], present: Tensor) -> None:
-        """Update the mean of each modality's features, over the rows that have it on any rank."""
-        if self.center is None or self.center_rows is None:
-            return
-        total, count = [], []
-        for m, x in enumerate(rows):
-            # One row that has overflowed must not spoil all later ones.
-            here = present[:, m] & x.isfinite().all(1)
-            total.append(torch.where(here[:, None], x, 0).sum(0, dtype=self.center.dtype))
-            count.append(here.sum().to(self.center.dtype))
-        sums = sum_between_ranks(torch.cat([*total, torch.stack(count)]), self)
-        widths = torch.tensor(list(self.in_features.values()), device=sums.device)
-        new, count_of_all = sums[: -len(rows)], sums[-len(rows) :]
-        self.center_rows.copy_(torch.maximum((self.center_rows + count_of_all).clamp(max=WINDOW), count_of_all))
-        each, every = (x.repeat_interleave(widths, output_size=len(new)) for x in (count_of_all, self.center_rows))
-        self.center += (new - each * self.center) / every.clamp(min=1)
 
     def _centers(self, dtype: torch.dtype) -> list[Tensor | None]:
         """What is subtracted from each modality's features; a copy, as the next batch changes the mean in place."""

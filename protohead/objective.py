@@ -1,17 +1,25 @@
 """The training objective of :meth:`DecoupledPrototypeHead.loss`, without state."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["PROTOTYPE_WEIGHT", "SUBCASE_WEIGHT", "check_objective", "classification_loss", "split_modalities"]
+__all__ = [
+    "PROTOTYPE_WEIGHT",
+    "SUBCASE_WEIGHT",
+    "check_objective",
+    "classification_loss",
+    "split_modalities",
+    "update_mean",
+]
 
 PROTOTYPE_WEIGHT = 0.9  # λ of the published MM-IMDb settings.
 SUBCASE_WEIGHT = 0.5
+WINDOW = 10_000  # Rows that the features' mean remembers, so that it follows encoders that are trained.
 
 
 def check_objective(objective: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
@@ -40,6 +48,33 @@ def check_objective(objective: Mapping[str, Any], num_classes: int) -> dict[str,
     if readable and not ((weight >= 0) & weight.isfinite()).all():
         raise ValueError(f"Expected argument `class_weight` to be finite and not negative, but got {weight}.")
     return options
+
+
+@torch.no_grad()
+def update_mean(
+    mean: Tensor, count: Tensor, rows: Sequence[Tensor], present: Tensor, total: Callable[[Tensor], Tensor]
+) -> None:
+    """Update in place the running mean of each modality's features, over the rows that have it on any rank.
+
+    Args:
+        mean: (ΣD_m,).
+        count: (M,) of how many rows of each modality it is the mean; no more than WINDOW, or than a batch has.
+        rows: M tensors (B, D_m).
+        present: (B, M) bool.
+        total: Sums over the ranks.
+    """
+    sums, counts = [], []
+    for m, x in enumerate(rows):
+        # One row that has overflowed must not spoil all later ones.
+        here = present[:, m] & x.isfinite().all(1)
+        sums.append(torch.where(here[:, None], x, 0).sum(0, dtype=mean.dtype))
+        counts.append(here.sum().to(mean.dtype))
+    whole = total(torch.cat([*sums, torch.stack(counts)]))
+    widths = torch.tensor([x.shape[1] for x in rows], device=whole.device)
+    new, counted = whole[: -len(rows)], whole[-len(rows) :]
+    count.copy_(torch.maximum((count + counted).clamp(max=WINDOW), counted))
+    each, every = (x.repeat_interleave(widths, output_size=len(new)) for x in (counted, count))
+    mean += (new - each * mean) / every.clamp(min=1)
 
 
 def split_modalities(present: Tensor) -> tuple[Tensor, Tensor]:
