@@ -53,7 +53,7 @@ def grouped_logits(
         >>> prototypes = [torch.eye(2)[None], torch.ones(1, 2, 1)]
         >>> from protohead.plan import Plan
         >>> constants = torch.tensor([[2.0, 2.0], [4.0, 4.0], [0.0, 0.0], [1.0, 1.0]])[:, :, None]
-        >>> plan = Plan.of(torch.tensor([[0, 0], [1, 2]]), constants, blocks=[1, 1])
+        >>> plan = Plan.of(torch.tensor([[False, True], [False, True]]), constants, blocks=[1, 1])
         >>> grouped_logits(rows, prototypes, plan)
         tensor([[0., 0.],
                 [2., 2.]])
@@ -98,13 +98,10 @@ class RememberedNorms:
         return known[3]
 
 
-def _entries(share: Share, x: Tensor, center: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The rows that a modality scores, centered and normalised, (N, D_m); and their inverse norms, (N, 1)."""
-    unit = x.index_select(0, share.rows)
-    if center is not None:
-        unit.sub_(center)
-    inverse = inverse_norm(unit, keepdim=True)
-    return unit.mul_(inverse), inverse
+def _entries(share: Share, x: Tensor, center: Tensor | None) -> Tensor:
+    """The rows that a modality scores, centered, (N, D_m)."""
+    entries = x.index_select(0, share.rows)
+    return entries if center is None else entries.sub_(center)
 
 
 def _score(
@@ -115,19 +112,25 @@ def _score(
     centers: Sequence[Tensor | None],
     rows: Sequence[Tensor],
     prototypes: Sequence[Tensor],
-) -> tuple[Tensor, Tensor | None]:
-    """The logits; and the slope of the margins, of the one labelled class (B, 1), or of all (B, K)."""
-    cosines = rows[0].new_empty(1 + sum(plan.counts), prototypes[0].shape[1])
-    cosines[0].zero_()  # That of what is missing.
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    """The logits; the slope of the margins, of the one labelled class (B, 1), or of all (B, K); and the entries' norms.
+
+    The last are the inverse norms of each modality's entries, (N, 1).
+    """
+    out, inverses = rows[0].new_zeros(len(plan.factor), prototypes[0].shape[1]), []
     for share, x, center, w, norm in zip(plan.shares, rows, centers, prototypes, norms, strict=True):
-        unit, _ = _entries(share, x, center)
-        part = cosines.narrow(0, 1 + share.first, len(unit))
-        if share.padding is not None:
-            padded = w.bmm(_padded(unit, share.padding.slots).mT).mul_(norm[:, :, None]).mT.flatten(0, 1)
-            torch.index_select(padded, 0, share.padding.place, out=part)
+        entries = _entries(share, x, center)
+        inverses.append(inverse_norm(entries, keepdim=True))
+        if share.padding is None:
+            cosines = out.new_empty(len(entries), out.shape[1])
+        else:
+            padded = w.bmm(_padded(entries, share.padding.slots).mT).mul_(norm[:, :, None]).mT.flatten(0, 1)
+            cosines = padded.index_select(0, share.padding.place)
         for v, here in share.alone:
-            torch.mm(unit[here], w[v].T, out=part[here]).mul_(norm[v])
-    out: Tensor = torch.embedding_bag(cosines, plan.places.flatten(), plan.starts)[0].mul_(plan.factor)
+            torch.mm(entries[here], w[v].T, out=cosines[here]).mul_(norm[v])
+        out.index_add_(0, share.rows, cosines.mul_(inverses[-1]))
+        del entries, cosines  # The next modality's take their place in the caches.
+    out.mul_(plan.factor)
     slope = None
     if labels is not None and labels.is_floating_point():
         labels, z = labels.to(out.dtype), out.div_(plan.scale)
@@ -140,7 +143,7 @@ def _score(
         value, slope = phi_with_slope(z / plan.scale, plan.margin)
         out.scatter_(1, target, torch.where(known, plan.scale * value, z))
         slope = torch.where(known, slope, 1)
-    return out if bias is None else out.addcmul_(plan.scored, bias), slope
+    return out if bias is None else out.addcmul_(plan.scored, bias), slope, inverses
 
 
 def _padded(entries: Tensor, slots: Tensor) -> Tensor:
@@ -161,8 +164,8 @@ class _GroupedLogits(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         half = len(tensors) // 2
-        out, slope = _score(plan, labels, bias, norms, centers, tensors[:half], tensors[half:])
-        ctx.plan, ctx.norms, ctx.centers = plan, norms, centers
+        out, slope, inverses = _score(plan, labels, bias, norms, centers, tensors[:half], tensors[half:])
+        ctx.plan, ctx.norms, ctx.centers, ctx.inverses = plan, norms, centers, inverses
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(labels, slope, bias, *tensors)
         return out
@@ -193,15 +196,15 @@ class _GroupedLogits(torch.autograd.Function):
                 grad.scatter_(1, target, grad.gather(1, target).mul_(slope))
             pairs = []
             for m, share in enumerate(plan.shares):
-                own = tensors[m], centers[m], tensors[half + m], ctx.norms[m]
-                pairs.append(_gradients(share, plan.places[:, m], *own, grad, needed[1 + m], needed[1 + half + m]))
+                own = tensors[m], ctx.inverses[m], centers[m], tensors[half + m], ctx.norms[m]
+                pairs.append(_gradients(share, *own, grad, needed[1 + m], needed[1 + half + m]))
             return *none, to_bias, *chain(*zip(*pairs, strict=True))
 
 
 def _gradients(
     share: Share,
-    places: Tensor,
     x: Tensor,
+    inverse: Tensor,
     center: Tensor | None,
     w: Tensor,
     norm: Tensor,
@@ -210,49 +213,44 @@ def _gradients(
     need_w: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """One modality's gradients. Each loses its part along the vector, whose length does not count."""
-    unit, inverse = _entries(share, x, center)
-    grad = grad.index_select(0, share.rows)
-    to_w = torch.empty_like(w) if need_w else None
-    to_x = x.new_empty(1 + len(unit), x.shape[1]) if need_x else None
-    steps = None if to_x is None else to_x[1:]
+    entries, g = _entries(share, x, center), grad.index_select(0, share.rows).mul_(inverse)
+    to_w, steps = torch.empty_like(w) if need_w else None, torch.empty_like(entries) if need_x else None
     if share.padding is not None:
-        g, u = (_padded(t, share.padding.slots) for t in (grad, unit))
-        g.mul_(norm[:, None])
+        padded = _padded(g, share.padding.slots).mul_(norm[:, None])
         if steps is not None:
-            torch.index_select(g.bmm(w).flatten(0, 1), 0, share.padding.place, out=steps)
+            torch.index_select(padded.bmm(w).flatten(0, 1), 0, share.padding.place, out=steps)
         if to_w is not None:
-            _remove_along(w.flatten(0, 1), torch.bmm(g.mT, u, out=to_w).flatten(0, 1), norm.flatten())
-    elif to_w is not None:
+            torch.bmm(padded.mT, _padded(entries, share.padding.slots), out=to_w)
+            _remove_along(w.flatten(0, 1), to_w.flatten(0, 1), norm.flatten())
+    elif to_w is not None and len(share.alone) < len(w):
         for v in set(range(len(w))).difference(v for v, _ in share.alone):
             to_w[v].zero_()
     for v, here in share.alone:
-        block, length = w[v], norm[v]
-        g = grad[here].mul_(length)  # In place: grad is a copy.
+        part = g[here].mul_(norm[v])
         if steps is not None:
-            torch.mm(g, block, out=steps[here])
+            torch.mm(part, w[v], out=steps[here])
         if to_w is not None:
-            _remove_along(block, torch.mm(g.T, unit[here], out=to_w[v]), length)
-    if to_x is None or steps is None:
+            _remove_along(w[v], torch.mm(part.T, entries[here], out=to_w[v]), norm[v])
+    if steps is None:
         return None, to_w
-    to_x[0].zero_()  # That of what is missing.
-    steps.addcmul_(unit, torch.linalg.vecdot(unit, steps)[:, None], value=-1).mul_(inverse)
-    return to_x.index_select(0, (places - share.first).clamp_(min=0)), to_w
+    _remove_along(entries, steps, inverse[:, 0])
+    return torch.zeros_like(x).index_copy_(0, share.rows, steps), to_w
 
 
 def _remove_along(w: Tensor, grad: Tensor, norm: Tensor) -> None:
     """Take from the gradient of each of N vectors (N, D) its part along the vector, in place."""
     step = max(1, CHUNK // w.shape[1])
-    for x, g, n in zip(w.split(step), grad.split(step), norm.split(step), strict=True):
+    for i in range(0, len(w), step):
+        x, g, n = w[i : i + step], grad[i : i + step], norm[i : i + step]
         g.addcmul_(x, torch.linalg.vecdot(x, g).mul_(n).mul_(n)[:, None], value=-1)
 
 
 def _differentiable(
     plan: Plan, labels: Tensor | None, bias: Tensor | None, rows: Sequence[Tensor], prototypes: Sequence[Tensor]
 ) -> Tensor:
-    parts, first = [], 1
-    for x, p, block in zip(rows, prototypes, plan.block.T, strict=True):
-        parts.append(case_cosine(x, p, (block - first).clamp(min=0), block > 0))
-        first += len(p)
+    scores = plan.scores.split([len(p) for p in prototypes])
+    own = [(block.long().argmax(0), block.any(0)) for block in scores]  # Of a modality: which scores a row, if any.
+    parts = [case_cosine(x, p, *block) for x, p, block in zip(rows, prototypes, own, strict=True)]
     logits = reduce(torch.add, parts) * plan.factor
     if labels is not None:
         logits = plan.scale * add_angular_margin(logits / plan.scale, labels, plan.margin[:, 0])

@@ -551,15 +551,15 @@ class DecoupledPrototypeHead(nn.Module):
         return grouped_logits(rows, prototypes, plan, labels, bias, norms, self._centers(dtype)), plan.scored
 
     def _scored_by(self, present: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The blocks that score the rows and their constants: see :meth:`protohead.plan.Plan.of`."""
+        """The rows that each block scores, and the rows' constants: see :meth:`protohead.plan.Plan.of`."""
         case, active = self._route(present)
-        blocks = self._masks.sum(0)
-        block = torch.where(active, 1 + self._block[case] + blocks.cumsum(0) - blocks, 0)
+        modality, of_block = self._masks.T.nonzero().T
+        scores = (case == of_block[:, None]) & active.T[modality]
         count = active.sum(1)
         # A row that nothing scores keeps its zeros.
         scale, margin = torch.where(count > 0, torch.stack([self.scale[case], self.margin[case]]), 0)
         constants = scale / count.clamp(min=1), scale.where(count > 0, 1), margin, (count > 0).to(scale.dtype)
-        return block, torch.stack(constants)[:, :, None].to(dtype)
+        return scores, torch.stack(constants)[:, :, None].to(dtype)
 
     def _mark_seen(self, case: Tensor, active: Tensor) -> None:
         order = torch.arange(len(self.cases), device=case.device)

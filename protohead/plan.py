@@ -38,7 +38,6 @@ class Share(NamedTuple):
     """What one modality multiplies. Its entries are the rows that it scores, in order of their blocks."""
 
     rows: Tensor  # (N,) the row of each entry
-    first: int  # how many entries the modalities before have
     alone: list[tuple[int, slice]]  # blocks that are multiplied one by one, and their entries
     padding: "Padding | None"  # where the others are, of which there are none without
 
@@ -48,43 +47,35 @@ class Plan(NamedTuple):
 
     shares: list[Share]
     counts: list[int]  # the entries of each block, counted through all modalities
-    block: Tensor  # (B, M) 1 + the block that scores a row, counted likewise; 0 for none
-    places: Tensor  # (B, M) 1 + the entry, counted likewise; 0 for none
-    starts: Tensor  # (B,) where each row's begin when they are flat
+    scores: Tensor  # (blocks, B) bool: which rows a block scores, of the blocks of all modalities
     factor: Tensor  # (B, 1) scale / |c|
     scale: Tensor  # (B, 1)
     margin: Tensor  # (B, 1)
     scored: Tensor  # (B, 1) 1 where a row is scored by anything, or 0
 
     @classmethod
-    def of(cls, block: Tensor, constants: Tensor, blocks: Sequence[int]) -> "Plan":
-        """From `block`, the (4, B, 1) factor, scale, margin and scored, and the number of blocks of each modality."""
-        flat = block.flatten()
-        order, number = flat.argsort(stable=True), flat.bincount(minlength=1 + sum(blocks))
-        none, *counts = number.tolist()
-        position = torch.arange(1 - none, 1 - none + len(order), device=order.device).clamp_(min=0)
-        places = torch.empty_like(order).scatter_(0, order, position).view_as(block)
-        rows = order.div_(block.shape[1], rounding_mode="floor")
-        shares, stop, padding = [], none, None
+    def of(cls, scores: Tensor, constants: Tensor, blocks: Sequence[int]) -> "Plan":
+        """From `scores`, the (4, B, 1) factor, scale, margin and scored, and the number of blocks of each modality."""
+        rows, number = scores.nonzero()[:, 1], scores.sum(1)
+        counts, shares, stop, padding = number.tolist(), [], 0, None
         for low, high in pairwise(accumulate(blocks, initial=0)):
             begin, alone, own = stop, [], None
             if sum(0 < n <= FEW for n in counts[low:high]) >= max(4, (high - low) / 2):
-                padding = padding or Padding.of(number[1:])
-                own = padding.part(low, high, begin - none, sum(counts[low:high]))
+                padding = padding or Padding.of(number)
+                own = padding.part(low, high, begin, sum(counts[low:high]))
             for v, n in enumerate(counts[low:high]):
                 start, stop = stop, stop + n
                 if n > (0 if own is None else FEW):
                     alone.append((v, slice(start - begin, stop - begin)))
-            shares.append(Share(rows[begin:stop], begin - none, alone, own))
-        starts = torch.arange(0, len(flat), max(1, block.shape[1]), device=flat.device)
-        return cls(shares, counts, block, places, starts, *constants)
+            shares.append(Share(rows[begin:stop], alone, own))
+        return cls(shares, counts, scores, *constants)
 
 
 class Planner:
     """Makes plans. It remembers what scores each kind of row, and the plans of small batches."""
 
     def __init__(self) -> None:
-        self._known: dict[bool, tuple[Hashable, Tensor, Tensor, dict[tuple[bool, ...] | None, Plan]]] = {}
+        self._known: dict[bool, tuple[Hashable, Tensor, Tensor, Tensor, dict[tuple[bool, ...] | None, Plan]]] = {}
 
     def __call__(
         self,
@@ -99,25 +90,25 @@ class Planner:
         Args:
             present: (B, M) bool.
             blocks: As in :meth:`Plan.of`.
-            scored_by: Gives the blocks and constants of rows by what they have, as :meth:`Plan.of` takes them.
+            scored_by: Gives the scores and constants of rows by what they have, as :meth:`Plan.of` takes them.
             training: The two modes are remembered beside each other,
             key: each as long as this, on which `scored_by` depends, stays.
         """
         modalities = present.shape[1]
         mask = tuple(chain(*present.tolist())) if present.numel() <= SMALL else None
         known = self._known.get(training)
-        if known is not None and known[0] == key and mask in known[3]:
-            return known[3][mask]
+        if known is not None and known[0] == key and mask in known[4]:
+            return known[4][mask]
         with torch.inference_mode(False):  # What is remembered must not be of inference mode.
             if 2**modalities > KINDS:
                 return Plan.of(*scored_by(present), blocks)
             if known is None or known[0] != key:
                 kinds = torch.tensor(list(product([False, True], repeat=modalities)), device=present.device)
-                self._known[training] = known = key, *scored_by(kinds), {}
-            _, block, constants, plans = known
-            digits = torch.tensor([2**m for m in reversed(range(modalities))], device=present.device)
+                digits = torch.tensor([2**m for m in reversed(range(modalities))], device=present.device)
+                self._known[training] = known = key, digits, *scored_by(kinds), {}
+            _, digits, scores, constants, plans = known
             kind = present.long().mv(digits)
-            plan = Plan.of(block.index_select(0, kind), constants.index_select(1, kind), blocks)
+            plan = Plan.of(scores.index_select(1, kind), constants.index_select(1, kind), blocks)
         if mask is not None:
             if len(plans) == PLANS:
                 plans.clear()

@@ -282,7 +282,7 @@ def test_no_more_plans_are_remembered_than_said(monkeypatch):
         rows = [x[order] for x in features.values()]
         found, expected = head._grouped(rows, present[order], None), head._every_block(rows, present[order], None)
         torch.testing.assert_close(found, expected)
-        assert len(head._planner._known[False][3]) <= 2
+        assert len(head._planner._known[False][4]) <= 2
 
 
 def published_head(head, features, missing_type, labels, y):
