@@ -22,7 +22,7 @@ __all__ = ["RememberedNorms", "grouped_logits", "inverse_norm"]
 
 SMALL = 2**14  # Of fewer numbers to make the norms costs no more than to recognise them.
 
-CHUNK = 2**20  # Prototypes' numbers that are multiplied at a time where only the sum of the products is wanted.
+CHUNK = 2**17  # Prototypes' numbers that are multiplied at a time where only the sum of the products is wanted.
 
 
 def grouped_logits(
@@ -112,23 +112,25 @@ def _score(
     centers: Sequence[Tensor | None],
     rows: Sequence[Tensor],
     prototypes: Sequence[Tensor],
-) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """The logits; the slope of the margins, of the one labelled class (B, 1), or of all (B, K); and the entries' norms.
+) -> tuple[Tensor, Tensor | None, list[Tensor], list[Tensor | None]]:
+    """The logits, and what the backward pass takes over.
 
-    The last are the inverse norms of each modality's entries, (N, 1).
+    The slope of the margins, of the one labelled class (B, 1), or of all (B, K); of each modality the inverse norms of
+    its entries, (N, 1), and their cosines, (N, K), where these are much smaller than the prototypes.
     """
-    out, inverses = rows[0].new_zeros(len(plan.factor), prototypes[0].shape[1]), []
+    out, inverses, kept = rows[0].new_zeros(len(plan.factor), prototypes[0].shape[1]), [], list[Tensor | None]()
     for share, x, center, w, norm in zip(plan.shares, rows, centers, prototypes, norms, strict=True):
         entries = _entries(share, x, center)
         inverses.append(inverse_norm(entries, keepdim=True))
         if share.padding is None:
             cosines = out.new_empty(len(entries), out.shape[1])
         else:
-            padded = w.bmm(_padded(entries, share.padding.slots).mT).mul_(norm[:, :, None]).mT.flatten(0, 1)
+            padded = _padded(entries, share.padding.slots).bmm(w.mT).mul_(norm[:, None]).flatten(0, 1)
             cosines = padded.index_select(0, share.padding.place)
         for v, here in share.alone:
             torch.mm(entries[here], w[v].T, out=cosines[here]).mul_(norm[v])
         out.index_add_(0, share.rows, cosines.mul_(inverses[-1]))
+        kept.append(cosines if 2 * cosines.numel() < w.numel() else None)
         del entries, cosines  # The next modality's take their place in the caches.
     out.mul_(plan.factor)
     slope = None
@@ -143,7 +145,7 @@ def _score(
         value, slope = phi_with_slope(z / plan.scale, plan.margin)
         out.scatter_(1, target, torch.where(known, plan.scale * value, z))
         slope = torch.where(known, slope, 1)
-    return out if bias is None else out.addcmul_(plan.scored, bias), slope, inverses
+    return out if bias is None else out.addcmul_(plan.scored, bias), slope, inverses, kept
 
 
 def _padded(entries: Tensor, slots: Tensor) -> Tensor:
@@ -164,10 +166,10 @@ class _GroupedLogits(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         half = len(tensors) // 2
-        out, slope, inverses = _score(plan, labels, bias, norms, centers, tensors[:half], tensors[half:])
-        ctx.plan, ctx.norms, ctx.centers, ctx.inverses = plan, norms, centers, inverses
+        out, slope, inverses, cosines = _score(plan, labels, bias, norms, centers, tensors[:half], tensors[half:])
+        ctx.plan, ctx.norms, ctx.centers = plan, norms, centers
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(labels, slope, bias, *tensors)
+        ctx.save_for_backward(labels, slope, bias, *inverses, *cosines, *tensors)
         return out
 
     @staticmethod
@@ -176,8 +178,9 @@ class _GroupedLogits(torch.autograd.Function):
         if grad is None:
             return *none, *[None for _ in needed]
         plan, centers = ctx.plan, ctx.centers
-        labels, slope, bias, *tensors = ctx.saved_tensors  # Once: activation checkpointing gives them no second time.
-        half = len(tensors) // 2
+        labels, slope, bias, *saved = ctx.saved_tensors  # Once: activation checkpointing gives them no second time.
+        half = len(saved) // 4
+        inverses, cosines, tensors = saved[:half], saved[half : 2 * half], saved[2 * half :]
         with full_precision(grad.device):
             if torch.is_grad_enabled():  # A gradient of the gradient is wanted: autograd's own, of the plain formula.
                 # Of views, as the gradient must not go on into what features have in common.
@@ -196,7 +199,7 @@ class _GroupedLogits(torch.autograd.Function):
                 grad.scatter_(1, target, grad.gather(1, target).mul_(slope))
             pairs = []
             for m, share in enumerate(plan.shares):
-                own = tensors[m], ctx.inverses[m], centers[m], tensors[half + m], ctx.norms[m]
+                own = tensors[m], inverses[m], cosines[m], centers[m], tensors[half + m], ctx.norms[m]
                 pairs.append(_gradients(share, *own, grad, needed[1 + m], needed[1 + half + m]))
             return *none, to_bias, *chain(*zip(*pairs, strict=True))
 
@@ -205,6 +208,7 @@ def _gradients(
     share: Share,
     x: Tensor,
     inverse: Tensor,
+    cosines: Tensor | None,
     center: Tensor | None,
     w: Tensor,
     norm: Tensor,
@@ -213,7 +217,9 @@ def _gradients(
     need_w: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """One modality's gradients. Each loses its part along the vector, whose length does not count."""
-    entries, g = _entries(share, x, center), grad.index_select(0, share.rows).mul_(inverse)
+    entries, g = _entries(share, x, center), grad.index_select(0, share.rows)
+    along = None if cosines is None else g * cosines  # Its sums are what the gradients have along the vectors.
+    g.mul_(inverse)
     to_w, steps = torch.empty_like(w) if need_w else None, torch.empty_like(entries) if need_x else None
     if share.padding is not None:
         padded = _padded(g, share.padding.slots).mul_(norm[:, None])
@@ -221,7 +227,8 @@ def _gradients(
             torch.index_select(padded.bmm(w).flatten(0, 1), 0, share.padding.place, out=steps)
         if to_w is not None:
             torch.bmm(padded.mT, _padded(entries, share.padding.slots), out=to_w)
-            _remove_along(w.flatten(0, 1), to_w.flatten(0, 1), norm.flatten())
+            sums = None if along is None else _padded(along, share.padding.slots).sum(1).flatten()
+            _remove_along(w.flatten(0, 1), to_w.flatten(0, 1), norm.flatten(), sums)
     elif to_w is not None and len(share.alone) < len(w):
         for v in set(range(len(w))).difference(v for v, _ in share.alone):
             to_w[v].zero_()
@@ -230,19 +237,24 @@ def _gradients(
         if steps is not None:
             torch.mm(part, w[v], out=steps[here])
         if to_w is not None:
-            _remove_along(w[v], torch.mm(part.T, entries[here], out=to_w[v]), norm[v])
+            sums = None if along is None else along[here].sum(0)
+            _remove_along(w[v], torch.mm(part.T, entries[here], out=to_w[v]), norm[v], sums)
     if steps is None:
         return None, to_w
-    _remove_along(entries, steps, inverse[:, 0])
+    _remove_along(entries, steps, inverse[:, 0], None if along is None else along.sum(1))
     return torch.zeros_like(x).index_copy_(0, share.rows, steps), to_w
 
 
-def _remove_along(w: Tensor, grad: Tensor, norm: Tensor) -> None:
-    """Take from the gradient of each of N vectors (N, D) its part along the vector, in place."""
-    step = max(1, CHUNK // w.shape[1])
-    for i in range(0, len(w), step):
+def _remove_along(w: Tensor, grad: Tensor, norm: Tensor, along: Tensor | None) -> None:
+    """Take from the gradient of each of N vectors (N, D) its part along the vector, in place.
+
+    `along` (N,) are the products of the two, where they are known.
+    """
+    step = len(w) if along is not None else max(1, CHUNK // w.shape[1])
+    for i in range(0, len(w), max(1, step)):
         x, g, n = w[i : i + step], grad[i : i + step], norm[i : i + step]
-        g.addcmul_(x, torch.linalg.vecdot(x, g).mul_(n).mul_(n)[:, None], value=-1)
+        product = torch.linalg.vecdot(x, g) if along is None else along
+        g.addcmul_(x, product.mul_(n).mul_(n)[:, None], value=-1)
 
 
 def _differentiable(
