@@ -487,7 +487,8 @@ class DecoupledPrototypeHead(nn.Module):
         """What :meth:`loss` returns."""
         if self.training:
             if self.center is not None and self.center_rows is not None:
-                update_mean(self.center, self.center_rows, rows, present, partial(sum_between_ranks, module=self))
+                total = partial(sum_between_ranks, module=self)
+                update_mean(self.center, self.center_rows, rows, present, total, _reads_values(present))
         elif torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             warnings.warn("Expected training mode: in eval mode no case is marked as seen; call train().", stacklevel=4)
         batch = present.shape[0]
@@ -503,8 +504,8 @@ class DecoupledPrototypeHead(nn.Module):
         losses, weights = classification_loss(logits, labels, class_weight, label_smoothing)
         losses, weights = (torch.where(scored[:, 0] > 0, x, 0) for x in (losses, weights))
         count = weights[:batch].sum()
-        total = (losses[:batch].sum() + subcase_weight * losses[batch:].sum()) / torch.where(count > 0, count, 1)
-        return total + prototype_weight * self.prototype_loss() if prototype_weight else total
+        whole = (losses[:batch].sum() + subcase_weight * losses[batch:].sum()) / torch.where(count > 0, count, 1)
+        return whole + prototype_weight * self.prototype_loss() if prototype_weight else whole
 
     def _centers(self, dtype: torch.dtype) -> list[Tensor | None]:
         """What is subtracted from each modality's features; a copy, as the next batch changes the mean in place."""
