@@ -498,7 +498,7 @@ class DecoupledPrototypeHead(nn.Module):
             # On the CPU the rows that have parts; elsewhere all, as to count them would wait for the device.
             some = parts[0].any(1).nonzero()[:, 0] if _reads_values(present) else index
             index = torch.cat([index, some, some])
-            rows, labels = [x[index] for x in rows], labels[index]
+            rows, labels = [x.index_select(0, index) for x in rows], labels[index]
             present = torch.cat([present, *(part[some] for part in parts)])
         logits, scored = self._logits(rows, present, labels)
         losses, weights = classification_loss(logits, labels, class_weight, label_smoothing)
@@ -536,7 +536,8 @@ class DecoupledPrototypeHead(nn.Module):
 
     def _grouped(self, rows: list[Tensor], present: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """The same on the CPU."""
-        rows, prototypes = self._widened(rows)
+        own = [self.prototypes[name] for name in self.modalities]
+        rows, prototypes = _widened(rows, own)
         dtype, seen = prototypes[0].dtype, self.seen.flatten().tolist()
         key = dtype, not self.training and tuple(seen), tuple(self.scale.tolist()), tuple(self.margin.tolist())
         scored_by = partial(self._scored_by, dtype=dtype)
@@ -547,7 +548,6 @@ class DecoupledPrototypeHead(nn.Module):
                 self.seen[case, modality] = True
             share_between_ranks(self.seen, self)
         bias = None if self.bias is None else self.bias.to(dtype)
-        own = [self.prototypes[name] for name in self.modalities]
         norms = None if self.training or torch.is_grad_enabled() else self._norms(prototypes, own)
         return grouped_logits(rows, prototypes, plan, labels, bias, norms, self._centers(dtype)), plan.scored
 
@@ -569,17 +569,11 @@ class DecoupledPrototypeHead(nn.Module):
 
     def _mean_cosines(self, rows: list[Tensor], case: Tensor, active: Tensor) -> list[Tensor]:
         """One (B, K) tensor per modality: its cosines over the number of modalities that score the row."""
-        count = active.sum(1, keepdim=True).clamp(min=1)
+        own, count = [self.prototypes[name] for name in self.modalities], active.sum(1, keepdim=True).clamp(min=1)
         return [
             case_cosine(x, p, self._block[case, m], active[:, m]) / count
-            for m, (x, p) in enumerate(zip(*self._widened(rows), strict=True))
+            for m, (x, p) in enumerate(zip(*_widened(rows, own), strict=True))
         ]
-
-    def _widened(self, rows: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Features and prototypes in the dtype in which they are computed."""
-        prototypes = [self.prototypes[name] for name in self.modalities]
-        dtype = _wide(*rows, *prototypes)
-        return [x.to(dtype) for x in rows], [p.to(dtype) for p in prototypes]
 
 
 def _constant_dtype(device: torch.device) -> torch.dtype:
@@ -589,6 +583,12 @@ def _constant_dtype(device: torch.device) -> torch.dtype:
 def _wide(*tensors: Tensor) -> torch.dtype:
     """The widest dtype of the tensors, at least float32: cosines reach 1 early in half precision."""
     return reduce(torch.promote_types, {tensor.dtype for tensor in tensors}, torch.float32)
+
+
+def _widened(rows: list[Tensor], prototypes: list[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
+    """Features and prototypes in the dtype in which they are computed."""
+    dtype = _wide(*rows, *prototypes)
+    return [x.to(dtype) for x in rows], [p.to(dtype) for p in prototypes]
 
 
 def _reads_values(present: Tensor) -> bool:
