@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -277,10 +277,10 @@ def prototype_losses(classes: int, device: torch.device) -> dict[str, Callable[[
     }
 
 
-def measure_prototype_losses(device: torch.device, seconds: float) -> str:
+def measure_prototype_losses(numbers: Sequence[int], device: torch.device, seconds: float) -> str:
     """A Markdown table of medians, the two taking turns."""
     lines = ["| prototype loss and gradient, K | plain | head | ratio |", "|---|---|---|---|"]
-    for classes in PROTOTYPES:
+    for classes in numbers:
         functions, samples = prototype_losses(classes, device), {"plain": list[float](), "head": list[float]()}
         end = time.monotonic() + seconds
         while time.monotonic() < end or len(samples["head"]) < 5:
@@ -408,7 +408,8 @@ def main() -> None:
                     rows.append({**common, "mode": "CPU", "what": "peak memory", "method": name, "value": value})
             progress.update()
     torch.set_num_threads(1)
-    text = f"{machine(device)}\n\n{table(rows)}\n\n{measure_prototype_losses(device, seconds)}\n"
+    losses = measure_prototype_losses(PROTOTYPES[:1] if arguments.quick else PROTOTYPES, device, seconds)
+    text = f"{machine(device)}\n\n{table(rows)}\n\n{losses}\n"
     (arguments.output / "speed.md").write_text(text)
     with (arguments.output / "speed.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
