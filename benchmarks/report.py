@@ -18,7 +18,8 @@ from scipy.stats import t as student
 
 Setting = tuple[str, float]  # What is missing, and at which rate.
 Row = Sequence[str | float]
-OURS, UNTRAINED, NO_MASK = "protohead", "paper, no fall-back", "paper, least entropy"
+OURS, NO_PARTS = "protohead", "protohead, no sub-cases"
+UNTRAINED, NO_MASK = "paper, no fall-back", "paper, least entropy"
 FEW, THREE = ("linear", "late fusion", "cosine head", "paper", OURS), ("linear", "paper", OURS)
 ALL_ROWS, LACKING, ENOUGH = "all rows", ("all", 0.7), 30  # ENOUGH rows of a case, for its score to say something.
 SHORT = {"linear, modality dropout": "linear, dropout", "paper, no prototype loss": "paper, no proto. loss"}
@@ -209,9 +210,10 @@ def crosswise(r: Results) -> list[str]:
     if unseen := [(key[0], *key[2:]) for key in keys if mean(r.get(*key, metric="rows").values()) >= ENOUGH]:
         lines += [f"### Cases that training lacked\n\nOn their rows alone, where a test has {ENOUGH} of them or more."]
         lines += compared(r, "mean of", [(f"{len(unseen)} cases", unseen)], methods=(*FEW[:3], UNTRAINED, *FEW[3:]))
-        for a, b in (("paper", UNTRAINED), (OURS, "paper"), (OURS, "linear")):
+        for a, b in (("paper", UNTRAINED), (OURS, "paper"), (OURS, "linear"), (OURS, NO_PARTS)):
             gain, _, between, _ = r.compare(a, b, unseen)
-            lines += [f"- `{a}` minus `{b}`: {percent(gain, '+')} ({between})."]
+            some = f", in {count} of them" * ((count := sum(bool(r.get(x[0], b, *x[1:])) for x in unseen)) < len(unseen))
+            lines += [f"- `{a}` minus `{b}`{some}: {percent(gain, '+')} ({between})."] * (count > 0)
     return lines
 
 
