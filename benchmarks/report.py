@@ -211,9 +211,10 @@ def crosswise(r: Results) -> list[str]:
         lines += [f"### Cases that training lacked\n\nOn their rows alone, where a test has {ENOUGH} of them or more."]
         lines += compared(r, "mean of", [(f"{len(unseen)} cases", unseen)], methods=(*FEW[:3], UNTRAINED, *FEW[3:]))
         for a, b in (("paper", UNTRAINED), (OURS, "paper"), (OURS, "linear"), (OURS, NO_PARTS)):
+            known = sum(bool(r.get(x[0], b, *x[1:])) for x in unseen)
+            some = f" in the {known} of them that it has" * (known < len(unseen))
             gain, _, between, _ = r.compare(a, b, unseen)
-            some = f", in {count} of them" * ((count := sum(bool(r.get(x[0], b, *x[1:])) for x in unseen)) < len(unseen))
-            lines += [f"- `{a}` minus `{b}`{some}: {percent(gain, '+')} ({between})."] * (count > 0)
+            lines += [f"- `{a}` minus `{b}`{some}: {percent(gain, '+')} ({between})."] * (known > 0)
     return lines
 
 
