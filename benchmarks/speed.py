@@ -367,14 +367,15 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads on the CPU (default: 1 2)"
     )
-    parser.add_argument("--output", type=Path, default=HERE, help="the folder for speed.csv, speed.md and speed.png")
+    described = "folder of speed.csv, speed.md and speed.png (default: that of this program; with --quick, ./speed)"
+    parser.add_argument("--output", type=Path, help=described)
     parser.add_argument("--memory", nargs=6, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
         name, batch, width, classes, modalities, missing = arguments.memory
         return print_memory(name, Size(int(batch), int(width), int(classes), int(modalities), float(missing)))
-    if not arguments.output.is_dir():
-        parser.error(f"Expected --output to be a folder that exists, but got {arguments.output}.")
+    output = arguments.output or (Path("speed") if arguments.quick else HERE)
+    output.mkdir(parents=True, exist_ok=True)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sizes, seconds = (QUICK, 0.2) if arguments.quick else (SIZES, 3.0)
@@ -410,12 +411,12 @@ def main() -> None:
     torch.set_num_threads(1)
     losses = measure_prototype_losses(PROTOTYPES[:1] if arguments.quick else PROTOTYPES, device, seconds)
     text = f"{machine(device)}\n\n{table(rows)}\n\n{losses}\n"
-    (arguments.output / "speed.md").write_text(text)
-    with (arguments.output / "speed.csv").open("w", newline="") as file:
+    (output / "speed.md").write_text(text)
+    with (output / "speed.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    draw(rows, arguments.output / "speed.png")
+    draw(rows, output / "speed.png")
     print(text)
 
 

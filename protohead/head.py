@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from protohead.cases import case_masks, nearest_case
 from protohead.functional import add_angular_margin, case_cosine, full_precision, normalize, prototype_contrast
 from protohead.grouped import RememberedNorms, grouped_logits
-from protohead.inputs import Features, check_count, check_labels, check_present, per_case, read_features
+from protohead.inputs import (
+    Features,
+    check_count,
+    check_device,
+    check_labels,
+    check_present,
+    per_case,
+    read_features,
+)
 from protohead.objective import (
     PROTOTYPE_WEIGHT,
     SUBCASE_WEIGHT,
@@ -53,7 +61,8 @@ class DecoupledPrototypeHead(nn.Module):
         scale: s, a positive number, or a mapping by case name that names every case.
         margin: μ in radians, in [0, π), a number or a mapping by case name that names every case. By default 0.10 for
             the complete case and 0.15 for the others.
-        cases: The cases that have prototypes, or one of them; all 2**M - 1 by default. Other rows use the nearest's.
+        cases: The cases that have prototypes, or one of them; all 2**M - 1 by default. Other rows use the nearest's:
+            with the complete case alone, as is recommended, all rows share one prototype of each modality and class.
         shared_space: Whether the modalities share one embedding space, as CLIP's do. Then the prototype loss also
             contrasts prototypes of different modalities.
         centered: Whether there are a center and a bias. False is the paper's head.
@@ -66,7 +75,8 @@ class DecoupledPrototypeHead(nn.Module):
         prototypes: Name of a modality to its (V, K, D_m) Parameter: V blocks, one per case that holds it, in order.
         bias: (K,) Parameter, or None.
         center: (ΣD_m,) float64 buffer, the mean of each modality's features in training; or None.
-        scale: (C,) float64 buffer; change it in place, as in ``head.scale.fill_(16)``.
+        scale: (C,) float64 buffer; change it in place, as in ``head.scale.fill_(16)``. What is no scale or margin is
+            an error in the next forward, on the CPU.
         margin: (C,) float64 buffer, radians; change it in place.
         seen: (C, M) bool buffer: the modalities of each case of which training has seen rows.
 
@@ -128,12 +138,8 @@ class DecoupledPrototypeHead(nn.Module):
         if margin is None:
             complete = "+".join(self.modalities)
             margin = {case: 0.10 if case == complete else 0.15 for case in self.cases}
-        scales = per_case("scale", scale, self.cases)
-        if not all(0 < value < math.inf for value in scales):
-            raise ValueError(f"Expected argument `scale` to be positive, but got {scale}.")
-        margins = per_case("margin", margin, self.cases)
-        if not all(0 <= value < math.pi for value in margins):
-            raise ValueError(f"Expected argument `margin` to be in [0, pi) radians, but got {margin}.")
+        scales, margins = per_case("scale", scale, self.cases), per_case("margin", margin, self.cases)
+        _check_constants(scales, margins, len(self.cases))
 
         self._planner = Planner()
         self._norms = RememberedNorms()
@@ -191,9 +197,7 @@ class DecoupledPrototypeHead(nn.Module):
                 only on the CPU, since reading them would wait for the device.
             TypeError: If a dtype is not as said.
         """
-        rows, present = read_features(features, present, self.in_features)
-        if labels is not None:
-            check_labels(labels, present.shape[0], self.num_classes)
+        rows, present = self._read(features, present, labels)
         with full_precision(present.device):
             if objective is not None:
                 options = check_objective(objective, self.num_classes)
@@ -272,7 +276,7 @@ class DecoupledPrototypeHead(nn.Module):
         Returns:
             (B, M, K); their sum over M is what ``head(features, present)`` returns in the same mode.
         """
-        rows, present = read_features(features, present, self.in_features)
+        rows, present = self._read(features, present)
         case, active = self._route(present)
         with full_precision(present.device):
             cosine = torch.stack(self._mean_cosines(self._centered(rows), case, active), dim=1)
@@ -345,9 +349,8 @@ class DecoupledPrototypeHead(nn.Module):
             UserWarning: For classes that have no row with a modality; their prototypes stay as they are.
         """
         refuse_sharded(self, "imprint")
-        rows, present = read_features(features, present, self.in_features)
+        rows, present = self._read(features, present, labels)
         rows = self._centered(rows)
-        check_labels(labels, present.shape[0], self.num_classes)
         for m, x in enumerate(rows):
             if (wrong := present[:, m] & ~x.isfinite().all(1)).any():
                 row = wrong.nonzero()[0].item()
@@ -458,6 +461,16 @@ class DecoupledPrototypeHead(nn.Module):
         bias = nn.Parameter(torch.empty(self.num_classes, device=device, dtype=dtype)) if self.centered else None
         self.register_parameter("bias", bias)
 
+    def _read(
+        self, features: Features, present: Tensor | None, labels: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """The batch, checked: one (B, D_m) tensor per modality, and the (B, M) mask."""
+        rows, present = read_features(features, present, self.in_features, self.seen.device)
+        if labels is not None:
+            check_labels(labels, present.shape[0], self.num_classes)
+            check_device("labels", labels, self.seen.device)
+        return rows, present
+
     def _seen_or_all(self) -> Tensor:
         """The (C, M) masks of the cases, without what has not been seen."""
         return self._masks & (self.seen | ~self.seen.any())
@@ -553,6 +566,7 @@ class DecoupledPrototypeHead(nn.Module):
 
     def _scored_by(self, present: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The rows that each block scores, and the rows' constants: see :meth:`protohead.plan.Plan.of`."""
+        _check_constants(self.scale.tolist(), self.margin.tolist(), len(self.cases))
         case, active = self._route(present)
         modality, of_block = self._masks.T.nonzero().T
         scores = (case == of_block[:, None]) & active.T[modality]
@@ -574,6 +588,14 @@ class DecoupledPrototypeHead(nn.Module):
             case_cosine(x, p, self._block[case, m], active[:, m]) / count
             for m, (x, p) in enumerate(zip(*_widened(rows, own), strict=True))
         ]
+
+
+def _check_constants(scale: list[float], margin: list[float], cases: int) -> None:
+    """As the constructor was given them, or as they have been changed since."""
+    if len(scale) != cases or not all(0 < value < math.inf for value in scale):
+        raise ValueError(f"Expected `scale` to be positive, for each of {cases} cases, but got {scale}.")
+    if len(margin) != cases or not all(0 <= value < math.pi for value in margin):
+        raise ValueError(f"Expected `margin` to be in [0, pi) radians, for each of {cases} cases, but got {margin}.")
 
 
 def _constant_dtype(device: torch.device) -> torch.dtype:

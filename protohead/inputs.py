@@ -11,6 +11,7 @@ __all__ = [
     "Features",
     "blank_row",
     "check_count",
+    "check_device",
     "check_inputs",
     "check_labels",
     "check_present",
@@ -22,8 +23,10 @@ __all__ = [
 Features = Tensor | Mapping[str, Tensor | None]
 
 
-def read_features(features: Features, present: Tensor | None, widths: Mapping[str, int]) -> tuple[list[Tensor], Tensor]:
-    """Check a batch; return one (B, D_m) tensor per modality and the (B, M) present mask.
+def read_features(
+    features: Features, present: Tensor | None, widths: Mapping[str, int], device: torch.device
+) -> tuple[list[Tensor], Tensor]:
+    """Check a batch; return one (B, D_m) tensor per modality and the (B, M) present mask, all on the device.
 
     Zeros stand in for a modality that is not given, so that its prototypes stay in the graph, as DDP needs.
     """
@@ -38,6 +41,8 @@ def read_features(features: Features, present: Tensor | None, widths: Mapping[st
     if any(x.shape[0] != batch for x in inputs.values()):
         sizes = {name: x.shape[0] for name, x in inputs.items()}
         raise ValueError(f"Expected one batch size, but got {sizes}.")
+    for name, x in inputs.items():
+        check_device(name, x, device)
     rows = [
         given[name] if name in given else torch.zeros(batch, width, device=first.device)
         for name, width in widths.items()
@@ -54,6 +59,12 @@ def read_features(features: Features, present: Tensor | None, widths: Mapping[st
             f"Expected features of {tuple(widths)[m]!r}, which `present` says that row {row} has; got none."
         )
     return rows, present & there
+
+
+def check_device(name: str, x: Tensor, device: torch.device) -> None:
+    """Name what is elsewhere, which torch does not."""
+    if x.device != device:
+        raise ValueError(f"Expected `{name}` to be on the device of the head, {device}, but got it on {x.device}.")
 
 
 def _named(features: Features, widths: Mapping[str, int]) -> dict[str, Tensor]:

@@ -225,7 +225,7 @@ def contributions_by_class(
         >>> contributions_by_class(head, torch.ones(2, 8), torch.tensor([0, 1]), present).isnan().tolist()
         [[False, False], [False, True]]
     """
-    rows, present = read_features(features, present, head.in_features)
+    rows, present = read_features(features, present, head.in_features, head.seen.device)
     marks, _, _ = _read_labels(labels, len(present), head.num_classes)
     for m, name in enumerate(head.modalities):
         _check_finite(f"features of {name!r}", rows[m], present[:, m])

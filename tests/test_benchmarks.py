@@ -11,15 +11,16 @@ import torch
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-def run(*arguments):
+def run(*arguments, cwd=None):
     command = [sys.executable, *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
 def test_speed(tmp_path):
-    run(BENCHMARKS / "speed.py", "--quick", "--threads", 1, "--output", tmp_path)
+    run(BENCHMARKS / "speed.py", "--quick", "--threads", 1, cwd=tmp_path)
+    tmp_path = tmp_path / "speed"
     with open(tmp_path / "speed.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     sizes = {(row["size"], row["M"]) for row in rows}

@@ -27,17 +27,17 @@ LABELS = torch.tensor([0, 4])
         ({"in_features": {"a,b": 4}}, ValueError, "got 'a,b'"),
         ({"num_classes": 0}, ValueError, "`num_classes` to be a positive integer, but got 0"),
         ({"num_classes": True}, ValueError, "got True"),
-        ({"scale": 0}, ValueError, "`scale` to be positive, but got 0"),
+        ({"scale": 0}, ValueError, r"`scale` to be positive, for each of 3 cases, but got \[0.0"),
         ({"scale": float("nan")}, ValueError, "`scale`"),
         ({"scale": "32"}, TypeError, "`scale` to be a number, or numbers by case, but got '32'"),
         ({"scale": True}, TypeError, "got True"),
         ({"margin": [0.1, 0.2, 0.3]}, TypeError, "`margin` .* got .0.1, 0.2, 0.3."),
         ({"scale": {"image+text": 32}}, ValueError, r"`scale` to name exactly .*'text'\), but got \('image\+text',\)"),
-        ({"scale": float("inf")}, ValueError, "`scale` to be positive, but got inf"),
+        ({"scale": float("inf")}, ValueError, r"`scale` to be positive, .* but got \[inf"),
         ({"scale": None}, TypeError, "got None"),
         ({"margin": math.pi}, ValueError, "`margin`"),
         ({"margin": -0.1}, ValueError, "`margin`"),
-        ({"margin": 30}, ValueError, "radians, but got 30"),
+        ({"margin": 30}, ValueError, r"radians, for each of 3 cases, but got \[30.0"),
         ({"margin": {"image+text": 0.1, "image": 0.1, "txt": 0.1}}, ValueError, "'txt'"),
         ({"cases": ["image+text", "audio"]}, ValueError, r"got \['audio'\]"),
         ({"shared_space": True}, ValueError, "equal widths .*'image': 4, 'text': 3"),
@@ -110,6 +110,34 @@ def test_imprint_from_features_that_are_not_finite(wrong):
     with pytest.warns(UserWarning, match="No row"):
         head.imprint({"image": IMAGE, "text": text}, LABELS, torch.tensor([[True, True], [True, False]]))
     assert all(p.isfinite().all() for p in head.parameters())
+
+
+@pytest.mark.parametrize("name", ["image", "present", "labels"])
+def test_another_device(name):
+    head = DecoupledPrototypeHead(WIDTHS, 5)
+    batch = {"image": IMAGE, "text": TEXT, "present": BOTH, "labels": LABELS}
+    batch[name] = batch[name].to("meta")
+    with pytest.raises(ValueError, match=f"`{name}` to be on the device of the head, cpu, but got it on meta"):
+        head({"image": batch["image"], "text": batch["text"]}, batch["present"], batch["labels"])
+    assert head.seen_cases == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [
+        ("scale", torch.full((3,), -5.0), r"`scale` to be positive, for each of 3 cases, but got \[-5.0"),
+        ("scale", torch.tensor([32.0]), r"3 cases, but got \[32.0\]"),
+        ("margin", torch.full((3,), 9.0), r"`margin` to be in \[0, pi\) radians, for each of 3 cases, but got \[9.0"),
+        ("margin", torch.zeros(4), r"3 cases, but got \[0.0, 0.0, 0.0, 0.0\]"),
+    ],
+)
+def test_constants_that_were_changed(name, value, match):
+    head = DecoupledPrototypeHead(WIDTHS, 5)
+    head({"image": IMAGE, "text": TEXT}, BOTH)  # What was right before does not hide it.
+    setattr(head, name, value)
+    for mode in (True, False):
+        with pytest.raises(ValueError, match=match):
+            head.train(mode)({"image": IMAGE, "text": TEXT}, BOTH)
 
 
 def test_other_methods():
