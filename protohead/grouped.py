@@ -84,18 +84,26 @@ class RememberedNorms:
         """The norms of `prototypes`, which are the parameters `own` in the dtype that is computed in."""
         if sum(p.numel() for p in own) < SMALL or any(p.is_inference() for p in own):
             return [inverse_norm(p) for p in prototypes]
-        # A write to `.data` leaves the version as it was, but hardly the first numbers of all the prototypes.
         key = [prototypes[0].dtype, *[(p.data_ptr(), p._version) for p in own]]
-        first, known = [p[..., 0] for p in own], self._known
+        some, known = [_some(p) for p in own], self._known
         if (
             known is None
             or known[0] != key
             or any(ref() is not p for ref, p in zip(known[1], own, strict=True))
-            or not all(map(torch.equal, known[2], first))
+            or not all(map(torch.equal, known[2], some))
         ):
             norms = [inverse_norm(p) for p in prototypes]
-            self._known = known = key, [weakref.ref(p) for p in own], [x.clone() for x in first], norms
+            self._known = known = key, [weakref.ref(p) for p in own], [x.clone() for x in some], norms
         return known[3]
+
+
+def _some(x: Tensor) -> Tensor:
+    """Numbers of each row and each column of a matrix (..., D): a write to `.data` leaves the version, hardly them."""
+    width = x.shape[-1]
+    step = max(1, min(width - 1, x.numel() // width))
+    while math.gcd(step, width) > 1:
+        step -= 1
+    return x.flatten()[::step]
 
 
 def _entries(share: Share, x: Tensor, center: Tensor | None) -> Tensor:
@@ -220,7 +228,8 @@ def _gradients(
     entries, g = _entries(share, x, center), grad.index_select(0, share.rows)
     along = None if cosines is None else g * cosines  # Its sums are what the gradients have along the vectors.
     g.mul_(inverse)
-    to_w, steps = torch.empty_like(w) if need_w else None, torch.empty_like(entries) if need_x else None
+    to_w = torch.empty_like(w, memory_format=torch.contiguous_format) if need_w else None  # For views that are written.
+    steps = torch.empty_like(entries) if need_x else None
     if share.padding is not None:
         padded = _padded(g, share.padding.slots).mul_(norm[:, None])
         if steps is not None:

@@ -113,3 +113,25 @@ def test_wide_prototypes_and_narrow_rows_have_one_center(monkeypatch):
     torch.testing.assert_close(head.contributions(x, PRESENT).sum(1), expected)
     monkeypatch.setattr("protohead.head._reads_values", lambda _: False)
     torch.testing.assert_close(head(x, PRESENT), expected)
+
+
+@pytest.mark.parametrize("row_major", [True, False])
+@pytest.mark.parametrize("width", [2, 40])  # The cosines are made again in the backward pass, or kept for it.
+def test_blocks_with_few_rows(width, row_major, monkeypatch):
+    torch.manual_seed(0)
+    head = DecoupledPrototypeHead(dict.fromkeys("abc", width), 4, dtype=torch.float64)
+    if not row_major:
+        state = {name: x.mT.contiguous().mT if "prototypes" in name else x for name, x in head.state_dict().items()}
+        head.load_state_dict(state, assign=True)
+        head.requires_grad_(True)
+        assert not head.prototypes["a"].is_contiguous()
+    present = torch.cat([head._masks, head._masks, torch.zeros(2, 3, dtype=torch.bool)])
+    x = torch.randn(len(present), 3 * width, dtype=torch.float64, requires_grad=True)
+    labels, leaves, grads = torch.arange(len(present)) % 4, [x, *head.parameters()], []
+    for road, create_graph in ((True, False), (True, True), (False, False)):
+        monkeypatch.setattr("protohead.head._reads_values", lambda _, road=road: road)
+        loss = (head(x, present, labels) - 1).square().sum()
+        grads.append(torch.autograd.grad(loss, leaves, create_graph=create_graph))
+    for a, b, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(a, expected)
+        torch.testing.assert_close(b, expected)

@@ -1,5 +1,7 @@
 """What holds for every head: invariants, edge cases, fall-back, imprinting."""
 
+from functools import partial
+
 import pytest
 import reference
 import torch
@@ -387,6 +389,15 @@ def in_place(head):
         head.prototypes["text"][0, 1] *= torch.linspace(0.1, 3, 6)
 
 
+def one_number(head):
+    with torch.no_grad():
+        head.prototypes["text"][0, 1, 3] *= 7
+
+
+def a_column(head, column):
+    head.prototypes["text"].data[..., column] *= 9
+
+
 def a_step(head):
     optimizer, labels = torch.optim.SGD(head.parameters(), lr=1.0), torch.tensor([0, 1, 2, 0, 1])
     F.cross_entropy(head(ROWS, labels=labels), labels).backward()
@@ -409,10 +420,13 @@ ROWS = torch.linspace(-1, 1, 70).sin().view(5, 14)
     "change",
     [
         in_place,
+        one_number,
         a_step,
         other_data,
         other_state,
-        lambda head: head.prototypes["text"].data.mul_(torch.linspace(0.1, 9, 6)),  # Not seen by autograd's versions.
+        # Not seen by autograd's versions:
+        lambda head: head.prototypes["text"].data.mul_(torch.linspace(0.1, 9, 6)),
+        *[partial(a_column, column=column) for column in range(6)],
         lambda head: head.imprint(ROWS, torch.tensor([0, 1, 2, 0, 1])),
         lambda head: head.double(),
         lambda head: head.half(),

@@ -426,6 +426,13 @@ def test_rows_that_have_overflowed_do_not_count():
     torch.testing.assert_close(head.center[:5], features["image"][kept].mean(0))
 
 
+def test_rows_whose_sum_has_overflowed_count():
+    head, features = build(), {name: x.half() for name, x in batch().items()}
+    features["image"][:, 1:] = 6e4
+    head.loss(features, PRESENT, HARD)
+    assert head.center_rows.tolist() == PRESENT.sum(0).tolist()
+
+
 def test_a_frozen_head_in_eval_mode_does_not_warn():
     head = build().eval().requires_grad_(False)
     with warnings.catch_warnings():
