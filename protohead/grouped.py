@@ -108,6 +108,8 @@ def _some(x: Tensor) -> Tensor:
 
 def _entries(share: Share, x: Tensor, center: Tensor | None) -> Tensor:
     """The rows that a modality scores, centered, (N, D_m)."""
+    if share.rows is None:
+        return x if center is None else x - center
     entries = x.index_select(0, share.rows)
     return entries if center is None else entries.sub_(center)
 
@@ -127,18 +129,21 @@ def _score(
     its entries, (N, 1), and their cosines, (N, K), where these are much smaller than the prototypes.
     """
     out, inverses, kept = rows[0].new_zeros(len(plan.factor), prototypes[0].shape[1]), [], list[Tensor | None]()
+    room = torch.empty_like(out)  # For the products of one modality after the other: new memory would cost as much.
     for share, x, center, w, norm in zip(plan.shares, rows, centers, prototypes, norms, strict=True):
         entries = _entries(share, x, center)
         inverses.append(inverse_norm(entries, keepdim=True))
-        if share.padding is None:
-            cosines = out.new_empty(len(entries), out.shape[1])
-        else:
+        cosines = room[: len(entries)]
+        if keep := 2 * cosines.numel() < w.numel():
+            cosines = torch.empty_like(cosines)
+        if share.padding is not None:
             padded = _padded(entries, share.padding.slots).bmm(w.mT).mul_(norm[:, None]).flatten(0, 1)
-            cosines = padded.index_select(0, share.padding.place)
+            torch.index_select(padded, 0, share.padding.place, out=cosines)
         for v, here in share.alone:
             torch.mm(entries[here], w[v].T, out=cosines[here]).mul_(norm[v])
-        out.index_add_(0, share.rows, cosines.mul_(inverses[-1]))
-        kept.append(cosines if 2 * cosines.numel() < w.numel() else None)
+        cosines.mul_(inverses[-1])
+        out.add_(cosines) if share.rows is None else out.index_add_(0, share.rows, cosines)
+        kept.append(cosines if keep else None)
         del entries, cosines  # The next modality's take their place in the caches.
     out.mul_(plan.factor)
     slope = None
@@ -225,9 +230,9 @@ def _gradients(
     need_w: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """One modality's gradients. Each loses its part along the vector, whose length does not count."""
-    entries, g = _entries(share, x, center), grad.index_select(0, share.rows)
+    entries, g = _entries(share, x, center), grad if share.rows is None else grad.index_select(0, share.rows)
     along = None if cosines is None else g * cosines  # Its sums are what the gradients have along the vectors.
-    g.mul_(inverse)
+    g = g * inverse if share.rows is None else g.mul_(inverse)
     to_w = torch.empty_like(w, memory_format=torch.contiguous_format) if need_w else None  # For views that are written.
     steps = torch.empty_like(entries) if need_x else None
     if share.padding is not None:
@@ -251,7 +256,7 @@ def _gradients(
     if steps is None:
         return None, to_w
     _remove_along(entries, steps, inverse[:, 0], None if along is None else along.sum(1))
-    return torch.zeros_like(x).index_copy_(0, share.rows, steps), to_w
+    return steps if share.rows is None else torch.zeros_like(x).index_copy_(0, share.rows, steps), to_w
 
 
 def _remove_along(w: Tensor, grad: Tensor, norm: Tensor, along: Tensor | None) -> None:

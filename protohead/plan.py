@@ -37,7 +37,7 @@ class Padding(NamedTuple):
 class Share(NamedTuple):
     """What one modality multiplies. Its entries are the rows that it scores, in order of their blocks."""
 
-    rows: Tensor  # (N,) the row of each entry
+    rows: Tensor | None  # (N,) the row of each entry; None where they are all the rows in order
     alone: list[tuple[int, slice]]  # blocks that are multiplied one by one, and their entries
     padding: "Padding | None"  # where the others are, of which there are none without
 
@@ -67,7 +67,8 @@ class Plan(NamedTuple):
                 start, stop = stop, stop + n
                 if n > (0 if own is None else FEW):
                     alone.append((v, slice(start - begin, stop - begin)))
-            shares.append(Share(rows[begin:stop], alone, own))
+            whole = len(alone) == 1 and counts[low + alone[0][0]] == scores.shape[1]
+            shares.append(Share(None if whole else rows[begin:stop], alone, own))
         return cls(shares, counts, scores, *constants)
 
 
