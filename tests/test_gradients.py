@@ -135,3 +135,22 @@ def test_blocks_with_few_rows(width, row_major, monkeypatch):
     for a, b, expected in zip(*grads, strict=True):
         torch.testing.assert_close(a, expected)
         torch.testing.assert_close(b, expected)
+
+
+@pytest.mark.parametrize("cases", [None, "a+b"])
+@pytest.mark.parametrize("lacking", [[], [1, 4, 5]])
+def test_a_modality_that_all_rows_have(cases, lacking, monkeypatch):
+    head = build(cases=cases)
+    with torch.no_grad():
+        head.center.normal_()
+    present = torch.ones(7, 2, dtype=torch.bool)
+    present[lacking, 1] = False
+    x = torch.randn(7, 10, dtype=torch.float64, requires_grad=True)
+    before, labels, results = x.detach().clone(), torch.arange(7) % 4, []
+    for road in (True, False):
+        monkeypatch.setattr("protohead.head._reads_values", lambda _, road=road: road)
+        logits = head(x, present, labels)
+        results.append([logits, *torch.autograd.grad(logits.square().sum(), [x, *head.parameters()])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(x, before)
