@@ -4,6 +4,7 @@ Everything here is computed in the dtype it is given: the head calls it in float
 cosines reach 1 early in half precision.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -105,11 +106,10 @@ def phi(z: Tensor, margin: Tensor) -> Tensor:
 
 def phi_with_slope(z: Tensor, margin: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`phi` and its derivative with respect to `z`, for a backward pass that is written by hand."""
-    cosine, sine, square = margin.cos(), margin.sin(), 1 - z * z
-    inside, near = square > 0, z > -cosine
-    inverse = torch.where(inside, square, 1).rsqrt()
-    value = torch.where(near, z * cosine - torch.where(inside, square * inverse, 0) * sine, z - margin * sine)
-    return value, torch.where(near, cosine + torch.where(inside, z * inverse, 0) * sine, 1)
+    cosine, sine, root = margin.cos(), margin.sin(), (1 - z * z).clamp_(min=0).sqrt_()
+    slope, near = (z / root).nan_to_num_(nan=math.nan, posinf=0.0, neginf=0.0), z > -cosine
+    value = torch.where(near, z * cosine - root * sine, z - margin * sine)
+    return value, torch.where(near, cosine + slope * sine, 1)
 
 
 def prototype_contrast(

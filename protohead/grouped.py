@@ -20,7 +20,7 @@ from protohead.plan import Plan, Share
 
 __all__ = ["RememberedNorms", "grouped_logits", "inverse_norm"]
 
-SMALL = 2**14  # Of fewer numbers to make the norms costs no more than to recognise them.
+SMALL = 2**17  # Of fewer numbers to make the norms costs no more than to recognise them.
 
 CHUNK = 2**17  # Prototypes' numbers that are multiplied at a time where only the sum of the products is wanted.
 
