@@ -342,7 +342,11 @@ def write_report(path: Path) -> None:
         ("By what is missing", "rates seeds", by_setting(r)),
         ("Trained on one, tested on another", "matrix", crosswise(r)),
         ("Wrong and unknown masks", "", masks(r)),
-        (f"What each part of `{OURS}` gives", "", parts(r)),
+        (
+            f"What each part of `{OURS}` gives",
+            "",
+            [*parts(r), "", "What was tried, did not help and left no code: benchmarks/README.md."],
+        ),
         ("Calibration and selective prediction, the mean over settings", "reliability", ["Lower is better.", *errors]),
         ("Which to choose", "", choice(r)),
     ):
