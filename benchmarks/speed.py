@@ -6,7 +6,7 @@ what the process held before it (the parameters among it). On a GPU the times ar
 float32 and under bfloat16 autocast.
 
     python benchmarks/speed.py            # all: about 10 minutes on two cores; nothing else should run
-    python benchmarks/speed.py --quick    # the small sizes, a few repeats: does it work?
+    python benchmarks/speed.py --quick    # the small sizes, a few repeats, into the folder speed: does it work?
 """
 
 import argparse
@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -277,10 +277,10 @@ def prototype_losses(classes: int, device: torch.device) -> dict[str, Callable[[
     }
 
 
-def measure_prototype_losses(numbers: Sequence[int], device: torch.device, seconds: float) -> str:
+def measure_prototype_losses(device: torch.device, seconds: float) -> str:
     """A Markdown table of medians, the two taking turns."""
     lines = ["| prototype loss and gradient, K | plain | head | ratio |", "|---|---|---|---|"]
-    for classes in numbers:
+    for classes in PROTOTYPES:
         functions, samples = prototype_losses(classes, device), {"plain": list[float](), "head": list[float]()}
         end = time.monotonic() + seconds
         while time.monotonic() < end or len(samples["head"]) < 5:
@@ -409,8 +409,7 @@ def main() -> None:
                     rows.append({**common, "mode": "CPU", "what": "peak memory", "method": name, "value": value})
             progress.update()
     torch.set_num_threads(1)
-    losses = measure_prototype_losses(PROTOTYPES[:1] if arguments.quick else PROTOTYPES, device, seconds)
-    text = f"{machine(device)}\n\n{table(rows)}\n\n{losses}\n"
+    text = f"{machine(device)}\n\n{table(rows)}\n\n{measure_prototype_losses(device, seconds)}\n"
     (output / "speed.md").write_text(text)
     with (output / "speed.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))

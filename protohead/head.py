@@ -1,6 +1,5 @@
 """The classification head: per-modality, per-missing-case class prototypes."""
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, reduce
@@ -15,6 +14,7 @@ from protohead.functional import add_angular_margin, case_cosine, full_precision
 from protohead.grouped import RememberedNorms, grouped_logits
 from protohead.inputs import (
     Features,
+    check_constants,
     check_count,
     check_device,
     check_labels,
@@ -139,7 +139,7 @@ class DecoupledPrototypeHead(nn.Module):
             complete = "+".join(self.modalities)
             margin = {case: 0.10 if case == complete else 0.15 for case in self.cases}
         scales, margins = per_case("scale", scale, self.cases), per_case("margin", margin, self.cases)
-        _check_constants(scales, margins, len(self.cases))
+        check_constants(scales, margins, self.cases)
 
         self._planner = Planner()
         self._norms = RememberedNorms()
@@ -193,8 +193,8 @@ class DecoupledPrototypeHead(nn.Module):
             in common with any seen case).
 
         Raises:
-            ValueError: If shapes, names or values are not as said. Values are checked in eager mode; those of labels
-                only on the CPU, since reading them would wait for the device.
+            ValueError: If shapes, names, devices or values are not as said. Values are checked in eager mode; those of
+                labels only on the CPU, since reading them would wait for the device.
             TypeError: If a dtype is not as said.
         """
         rows, present = self._read(features, present, labels)
@@ -566,7 +566,7 @@ class DecoupledPrototypeHead(nn.Module):
 
     def _scored_by(self, present: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The rows that each block scores, and the rows' constants: see :meth:`protohead.plan.Plan.of`."""
-        _check_constants(self.scale.tolist(), self.margin.tolist(), len(self.cases))
+        check_constants(self.scale.tolist(), self.margin.tolist(), self.cases)
         case, active = self._route(present)
         modality, of_block = self._masks.T.nonzero().T
         scores = (case == of_block[:, None]) & active.T[modality]
@@ -588,14 +588,6 @@ class DecoupledPrototypeHead(nn.Module):
             case_cosine(x, p, self._block[case, m], active[:, m]) / count
             for m, (x, p) in enumerate(zip(*_widened(rows, own), strict=True))
         ]
-
-
-def _check_constants(scale: list[float], margin: list[float], cases: int) -> None:
-    """As the constructor was given them, or as they have been changed since."""
-    if len(scale) != cases or not all(0 < value < math.inf for value in scale):
-        raise ValueError(f"Expected `scale` to be positive, for each of {cases} cases, but got {scale}.")
-    if len(margin) != cases or not all(0 <= value < math.pi for value in margin):
-        raise ValueError(f"Expected `margin` to be in [0, pi) radians, for each of {cases} cases, but got {margin}.")
 
 
 def _constant_dtype(device: torch.device) -> torch.dtype:

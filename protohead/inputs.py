@@ -1,5 +1,6 @@
 """What a head and a classifier accept: every check that stands between a wrong input and a silent wrong answer."""
 
+import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 __all__ = [
     "Features",
     "blank_row",
+    "check_constants",
     "check_count",
     "check_device",
     "check_inputs",
@@ -206,6 +208,15 @@ def per_case(argument: str, value: float | Mapping[str, float], cases: Sequence[
         if not isinstance(number, Real) or isinstance(number, bool):
             raise TypeError(f"Expected argument `{argument}` to be a number, or numbers by case, but got {number!r}.")
     return [float(value[case]) for case in cases]
+
+
+def check_constants(scale: Sequence[float], margin: Sequence[float], cases: Sequence[str]) -> None:
+    """One of each for each case: as the constructor was given them, or as they have been changed since."""
+    if len(scale) != len(cases) or not all(0 < value < math.inf for value in scale):
+        raise ValueError(f"Expected `scale` to be positive, for each of the cases {cases}, but got {scale}.")
+    if len(margin) != len(cases) or not all(0 <= value < math.pi for value in margin):
+        wanted = f"in [0, pi) radians, for each of the cases {cases}"
+        raise ValueError(f"Expected `margin` to be {wanted}, but got {margin}.")
 
 
 def check_count(argument: str, value: Any) -> int:
