@@ -95,11 +95,10 @@ def rows_of(data: Data, split: str, missing: str, rate: float, seed: int, flippe
     Each entry of the mask is wrong with the probability `flipped`, except where that would leave a row nothing.
     """
     index, modalities = data.rows[split], list(data.features)
-    given = data.given[index]
-    present = given
+    present = data.present[index]
     if rate:
         number = 3 * seed + ("train", "val", "test").index(split)
-        present = missing_table(len(index), modalities, rate, missing, number, given=given).present
+        present = missing_table(len(index), modalities, rate, missing, number, present=present).present
     there = present
     if flipped:
         generator = torch.Generator().manual_seed(seed)

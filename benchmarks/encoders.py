@@ -1,7 +1,7 @@
 """How much of the backbone's time does `PrototypeClassifier` save, whose encoders run on the present rows only?
 
-A CLIP of open_clip with random weights (which cost what trained ones do) classifies a batch of which a given share
-lacks its image or its text, half and half; the same model encodes every row and masks the features afterwards. Both
+A CLIP of open_clip with random weights (which cost what trained ones do) classifies a batch of which some rows
+lack their image or their text, half and half; the same model encodes every row and masks the features afterwards. Both
 take turns; the numbers are medians.
 
     python benchmarks/encoders.py
@@ -73,8 +73,8 @@ def main() -> None:
                 calls.reverse()  # Which comes first is a few per cent.
                 progress.update()
             whole, ours = (1e3 * statistics.median(values) for values in samples)
-            share = present.float().mean()
-            lines.append(f"| {rate:.0%} | {whole:,.0f} | {ours:,.0f} | {ours / whole:.2f} | {share:.2f} |")
+            encoded = present.float().mean()
+            lines.append(f"| {rate:.0%} | {whole:,.0f} | {ours:,.0f} | {ours / whole:.2f} | {encoded:.2f} |")
     where = f"{device}, {arguments.threads} thread(s), torch {torch.__version__}"
     print(f"{arguments.model}, batch {arguments.batch}, {where}")
     print("\n".join(lines))

@@ -16,7 +16,7 @@ class Data(NamedTuple):
 
     name: str
     features: dict[str, Tensor]  # name to (N, D_m), zeros where missing
-    given: Tensor  # (N, M) bool: the natural gaps
+    present: Tensor  # (N, M) bool: what the rows have
     labels: Tensor  # (N,) int64, or (N, K) float32 of 0 and 1
     rows: dict[str, Tensor]  # split to its row numbers
     num_classes: int
@@ -58,7 +58,7 @@ def load(path: Path, modalities: tuple[str, ...] = ("image", "text")) -> Data:
     if lacking := [name for name in (*modalities, "label", "split") if name not in data]:
         raise ValueError(f"Expected {wanted}, but {path} lacks {lacking}; it has {sorted(data)}.")
     count = len(np.atleast_1d(data["label"]))
-    features, given = {}, []
+    features, columns = {}, []
     for name in modalities:
         x, has = data[name], data.get(f"has_{name}", np.ones(count, dtype=bool)).astype(bool)
         if x.ndim != 2 or len(x) != count or x.dtype.kind != "f":
@@ -69,8 +69,8 @@ def load(path: Path, modalities: tuple[str, ...] = ("image", "text")) -> Data:
         if not (finite := np.isfinite(x).all(1)).all():
             raise ValueError(f"Expected finite numbers, but {name!r} row {finite.argmin()} has others.")
         features[name] = torch.from_numpy(x)
-        given.append(features[name].any(1))
-    present = torch.stack(given, dim=1)
+        columns.append(features[name].any(1))
+    present = torch.stack(columns, dim=1)
     labels, num_classes = _read_labels(data["label"])
     split = data["split"].astype(str)
     if split.shape != (count,) or set(split.tolist()) != set(SPLITS):

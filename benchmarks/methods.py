@@ -140,18 +140,18 @@ class Undecomposed(nn.Module):
 
 
 class Paper(nn.Module):
-    """The head in the paper's setting: decoupled prototypes, margins, and the prototype loss."""
+    """The paper's head: prototypes for each missing case, margins, and the prototype loss."""
 
     def __init__(
         self,
         widths: Widths,
         num_classes: int,
         prototype_weight: float = PROTOTYPE_WEIGHT,
-        cases: str | None = None,
+        cases: str = "all",
     ) -> None:
         super().__init__()
         self.prototype_weight = prototype_weight
-        self.head = DecoupledPrototypeHead(widths, num_classes, scale=SCALE, cases=cases, centered=False)
+        self.head = DecoupledPrototypeHead(widths, num_classes, cases=cases, scale=SCALE, centered=False)
 
     def forward(self, features: Features, present: Tensor) -> Tensor:
         """(B, K)."""
@@ -167,21 +167,18 @@ class Paper(nn.Module):
 
 
 class Ours(nn.Module):
-    """What the README recommends: scale 20, prototypes that all cases share, and the head's own `loss`."""
+    """What the README recommends: the head with its defaults, and its own `loss`."""
 
     def __init__(
         self,
         widths: Widths,
         num_classes: int,
-        decoupled: bool = False,
-        scale: float = 20.0,
         objective: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
         self.objective = dict(objective or {})
-        cases = None if decoupled else "+".join(widths)
-        self.head = DecoupledPrototypeHead(widths, num_classes, scale=scale, cases=cases, **options)
+        self.head = DecoupledPrototypeHead(widths, num_classes, **options)
 
     def forward(self, features: Features, present: Tensor) -> Tensor:
         """(B, K)."""
@@ -194,22 +191,25 @@ class Ours(nn.Module):
 
 
 def cosine_head(widths: Widths, num_classes: int) -> nn.Module:
-    """No decoupling: one prototype for each modality and class, the same in every case."""
-    return Paper(widths, num_classes, 0.0, "+".join(widths))
+    """The paper's head with one prototype for each modality and class, the same in every case."""
+    return Paper(widths, num_classes, prototype_weight=0.0, cases="shared")
 
 
 def minimum_entropy(model: nn.Module, features: Features, present: Tensor) -> Tensor:
     """Logits of the case whose class distribution has the least entropy: nobody says what is missing."""
-    masks = case_masks(list(features))
-    every = torch.stack([model(features, mask.expand(len(present), -1)) for mask in masks])
-    chosen = torch.distributions.Categorical(logits=every).entropy().argmin(0)
-    return every[chosen, torch.arange(len(present))]
+    every = []
+    for mask in case_masks(list(features)):
+        held = {name: x for (name, x), has in zip(features.items(), mask, strict=True) if has}
+        every.append(model(held, mask.expand(len(present), -1)))
+    logits = torch.stack(every)
+    chosen = torch.distributions.Categorical(logits=logits).entropy().argmin(0)
+    return logits[chosen, torch.arange(len(present))]
 
 
 def without_fall_back(model: nn.Module, features: Features, present: Tensor) -> Tensor:
     """Logits of each row's own case, though training may never have seen it."""
     seen = model.head.seen.clone()  # type: ignore[union-attr,operator]
-    model.head.seen.fill_(True)  # type: ignore[union-attr,operator]
+    model.head.seen.fill_(1)  # type: ignore[union-attr,operator]
     try:
         logits: Tensor = model(features, present)
     finally:
@@ -226,7 +226,7 @@ METHODS: dict[str, Callable[[Widths, int], nn.Module]] = {
     "undecomposed": Undecomposed,
     "paper, no prototype loss": partial(Paper, prototype_weight=0.0),
     "paper": Paper,
-    "protohead, decoupled": partial(Ours, decoupled=True),
+    "protohead, decoupled": partial(Ours, cases="all"),
     "protohead": Ours,
 }
 # Parts of the whole taken away or changed, one at a time.

@@ -65,7 +65,7 @@ def named(path: Path, data: Data) -> DecoupledPrototypeHead:
         rows = {name: torch.from_numpy(file[name]).float() for name in data.features if name in file}
         labels = torch.from_numpy(file["label"])
     # Rows are scored by the modalities that there are names in; the others have not been seen.
-    head = DecoupledPrototypeHead(data.widths, data.num_classes, scale=20)
+    head = DecoupledPrototypeHead(data.widths, data.num_classes, cases="all")
     imprint(head, rows, labels)
     return head
 
@@ -108,7 +108,7 @@ def main() -> None:
         for shots in SHOTS:
             training = pick(whole, shots, data.num_classes, seed)
             torch.manual_seed(seed)
-            random = DecoupledPrototypeHead(data.widths, data.num_classes, scale=20, cases="+".join(data.widths))
+            random = DecoupledPrototypeHead(data.widths, data.num_classes)
             imprinted = copy.deepcopy(random)
             imprint(imprinted, training.features, training.labels, training.present)
             heads = imprinted, *(train(start, training, validation, seed) for start in (imprinted, random))

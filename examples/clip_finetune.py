@@ -63,8 +63,9 @@ def build(settings: dict[str, Any]) -> tuple[PrototypeClassifier, Any, Any, Any]
         tags = f"; its tags: {', '.join(open_clip.list_pretrained_tags_by_model(name))}" if tag else ""
         raise InputError(f"Expected --model and --pretrained that load, but got {error}{tags}.") from error
     options = {key: settings[key] for key in ("trainable", "scale", "margin")}
-    # A preset is DPL's: its head has prototypes for each missing case, no center and no bias.
-    options |= {"centered": False} if settings["preset"] else {"cases": "image+text"}
+    options["class_names"] = settings["classes"]
+    if settings["preset"]:  # It is DPL's, whose head has prototypes for each missing case, no center and no bias.
+        options |= {"cases": "all", "centered": False}
     try:
         return attach(clip, len(settings["classes"]), **options), augment, transform, tokenizer
     except ValueError as error:
@@ -94,11 +95,11 @@ def encoded(model: PrototypeClassifier, data: Rows, arguments: argparse.Namespac
     return TensorDataset(*(torch.cat(column).to(arguments.device) for column in zip(*columns, strict=True)))
 
 
-def run(forward: Any, batch: Sequence[Tensor], arguments: argparse.Namespace, *training: Any) -> Tensor:
-    """The logits of the whole model on inputs, or of its head on features; with labels and objective, the loss."""
+def run(call: Any, batch: Sequence[Tensor], arguments: argparse.Namespace, *labels: Tensor, **options: Any) -> Tensor:
+    """What the whole model, or its head, makes of a batch of inputs, or of features: the logits, or the loss."""
     inputs = {"image": batch[0].to(arguments.device), "text": batch[1].to(arguments.device)}
     with torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.amp):
-        result: Tensor = forward(inputs, batch[2], *training)
+        result: Tensor = call(inputs, batch[2], *labels, **options)
     return result
 
 
@@ -106,9 +107,9 @@ def run(forward: Any, batch: Sequence[Tensor], arguments: argparse.Namespace, *t
 def predict(model: PrototypeClassifier, data: Any, arguments: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
     """(N, K) logits, (N, 2) present and the targets of rows, or of their features."""
     model.eval()
-    forward = model.head if isinstance(data, TensorDataset) else model
+    call = model.head if isinstance(data, TensorDataset) else model
     outputs = [
-        (run(forward, batch, arguments).cpu(), batch[2].cpu(), batch[3].cpu()) for batch in batches(data, arguments)
+        (run(call, batch, arguments).cpu(), batch[2].cpu(), batch[3].cpu()) for batch in batches(data, arguments)
     ]
     logits, present, targets = (torch.cat(column) for column in zip(*outputs, strict=True))
     return logits, present, targets
@@ -180,7 +181,7 @@ def train(arguments: argparse.Namespace) -> None:
         if not arguments.trainable:
             data[split] = encoded(model, data[split], arguments, split)
 
-    forward = model if arguments.trainable else model.head
+    trained = model if arguments.trainable else model.head
     groups: list[dict[str, Any]] = [{"params": model.head.parameters(), "lr": arguments.lr}]
     if arguments.trainable:
         chosen = [p for p in model.encoders.parameters() if p.requires_grad]
@@ -192,7 +193,7 @@ def train(arguments: argparse.Namespace) -> None:
         for epoch in range(1, arguments.epochs + 1):
             model.train()
             for batch in loader:
-                loss = run(forward, batch, arguments, batch[3].to(arguments.device), objective)
+                loss = run(trained.loss, batch, arguments, batch[3].to(arguments.device), **objective)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

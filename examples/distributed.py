@@ -53,7 +53,7 @@ def build(arguments: argparse.Namespace) -> tuple[PrototypeClassifier, Any, Any]
         tokenizer = open_clip.get_tokenizer(arguments.model)
     except Exception as error:  # open_clip and the model hub raise many kinds.
         raise ValueError(f"Expected --model and --pretrained that open_clip loads, but got: {error}") from error
-    return attach(clip, len(CLASSES), scale=20, cases="image+text", trainable=arguments.trainable), transform, tokenizer
+    return attach(clip, len(CLASSES), trainable=arguments.trainable), transform, tokenizer
 
 
 def prepare(count: int, missing_rate: float, seed: int, transform: Any, tokenizer: Any) -> TensorDataset:

@@ -98,7 +98,7 @@ def build(name: str | None, trainable: list[str]) -> tuple[PrototypeClassifier, 
     else:
         clip, processor = transformers.AutoModel.from_pretrained(name), transformers.AutoProcessor.from_pretrained(name)
         image_processor, tokenizer = processor.image_processor, processor.tokenizer
-    model: PrototypeClassifier = attach(clip, len(CLASSES), scale=20, cases="image+text", trainable=trainable)
+    model: PrototypeClassifier = attach(clip, len(CLASSES), trainable=trainable)
     return model, Collator(image_processor, tokenizer)
 
 

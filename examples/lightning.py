@@ -48,8 +48,8 @@ class MissingModalities(LightningModule):
 
     def training_step(self, batch: dict[str, Any], _: int) -> Tensor:
         """The head's whole objective: cross-entropy with margins, sub-cases and λ · prototype loss."""
-        objective = {"prototype_weight": PROTOTYPE_WEIGHT}
-        loss: Tensor = self.model(batch["inputs"], batch["present"], batch["labels"], objective)
+        rows = batch["inputs"], batch["present"], batch["labels"]
+        loss = self.model.loss(*rows, prototype_weight=PROTOTYPE_WEIGHT)
         self.log("loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
         return loss
 
@@ -104,7 +104,7 @@ def build(name: str | None, pretrained: str | None, trainable: list[str]) -> tup
     else:
         clip, _, transform = open_clip.create_model_and_transforms(name, pretrained)
         tokenizer = open_clip.get_tokenizer(name)
-    return attach(clip, len(CLASSES), scale=20, cases="image+text", trainable=trainable), Batches(transform, tokenizer)
+    return attach(clip, len(CLASSES), trainable=trainable), Batches(transform, tokenizer)
 
 
 def main() -> None:

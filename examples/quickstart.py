@@ -105,7 +105,7 @@ def let_go_missing(split: Split, missing: str, widths: dict[str, int], seed: int
 
     A row that lacks something already keeps what it has.
     """
-    present = missing_table(len(split.labels), list(widths), MISSING_RATE, missing, seed, given=split.present).present
+    present = missing_table(len(split.labels), list(widths), MISSING_RATE, missing, seed, present=split.present).present
     keep = present.repeat_interleave(torch.tensor(list(widths.values())), dim=1)
     return Split(torch.where(keep, split.features, 0), present, split.labels)
 
@@ -134,7 +134,7 @@ def train(
     # This is the swap. The head reads from the zeros which modalities are missing.
     model: nn.Module
     if method == "head":
-        model = DecoupledPrototypeHead(widths, num_classes, scale=scale, cases="image+text")
+        model = DecoupledPrototypeHead(widths, num_classes, scale=scale)
     else:
         model = nn.Linear(sum(widths.values()), num_classes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)

@@ -162,9 +162,9 @@ def split_rows(rows: list[Row], seed: int) -> dict[str, list[Row]]:
         met: set[str] = set()
         for number, row in enumerate(kept):
             # The first row of every class trains: a class that only the test has could not be learned.
-            share = number / len(kept) if met.issuperset(row.labels) else 0
+            position = number / len(kept) if met.issuperset(row.labels) else 0
             met.update(row.labels)
-            kept[number] = row._replace(split=SPLITS[(share >= 0.7) + (share >= 0.85)])
+            kept[number] = row._replace(split=SPLITS[(position >= 0.7) + (position >= 0.85)])
     if not rows:
         raise InputError("Expected rows, but the data has none.")
     splits = {split: [row for row in kept if row.split == split] for split in SPLITS}
@@ -237,16 +237,16 @@ def missing_of(
     parts = []
     try:
         for place, rows in enumerate(splits.values()):
-            ids, given = [row.id for row in rows], present_of(rows)
+            ids, present = [row.id for row in rows], present_of(rows)
             if not files:  # Another seed for every split: with the same one, val would repeat train's pattern.
-                table = missing_table(ids, MODALITIES, rate, missing, len(splits) * seed + place, given=given)
+                table = missing_table(ids, MODALITIES, rate, missing, len(splits) * seed + place, present=present)
             elif jsonl == [True]:
                 table = MissingTable.load(files[0])
             else:
                 table = load_map_table(files[place], ids, MODALITIES)
             if set(table.modalities) != set(MODALITIES):
                 raise InputError(f"Expected {files[0]} to be of {MODALITIES}, but got {table.modalities}.")
-            parts.append(table.select(ids)[:, [table.modalities.index(name) for name in MODALITIES]] & given)
+            parts.append(table.select(ids)[:, [table.modalities.index(name) for name in MODALITIES]] & present)
     except KeyError as error:
         raise InputError(f"{files[0]}: {error.args[0]}") from None
     except (OSError, ValueError) as error:

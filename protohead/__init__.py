@@ -2,6 +2,7 @@
 
 from protohead.adapters import attach, replace_module
 from protohead.cases import present_from_flags, present_from_missing_type, present_from_ragpt
+from protohead.checkpoint import load_head
 from protohead.classifier import PrototypeClassifier
 from protohead.head import DecoupledPrototypeHead
 
@@ -11,6 +12,7 @@ __all__ = [
     "DecoupledPrototypeHead",
     "PrototypeClassifier",
     "attach",
+    "load_head",
     "present_from_flags",
     "present_from_missing_type",
     "present_from_ragpt",

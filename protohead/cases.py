@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from protohead.context import is_readable
+
 __all__ = [
+    "block_index",
     "case_masks",
     "case_names",
     "nearest_case",
-    "present_from_case",
     "present_from_flags",
     "present_from_missing_type",
     "present_from_ragpt",
@@ -49,12 +51,13 @@ def _modality_names(modalities: Sequence[str]) -> list[str]:
     return names
 
 
-def case_masks(modalities: Sequence[str], cases: str | Sequence[str] | None = None) -> Tensor:
+def case_masks(modalities: Sequence[str], cases: str | Sequence[str] = "all") -> Tensor:
     """Which modalities each case holds.
 
     Args:
         modalities: The M modality names in order.
-        cases: Names of the declared cases, or one name; all by default. Their order does not matter.
+        cases: ``"all"``; ``"shared"``, the complete case alone, whose prototypes all rows share; or a list of names, in
+            any order.
 
     Returns:
         (C, M) bool on the CPU, the cases in order.
@@ -65,11 +68,17 @@ def case_masks(modalities: Sequence[str], cases: str | Sequence[str] | None = No
     Example:
         >>> case_masks(["image", "text"]).int().tolist()
         [[1, 1], [1, 0], [0, 1]]
+        >>> case_masks(["image", "text"], "shared").int().tolist()
+        [[1, 1]]
     """
     modalities = _modality_names(modalities)
     known = case_names(modalities)
-    if cases is not None:
-        declared = [cases] if isinstance(cases, str) else list(cases)
+    if isinstance(cases, str):
+        if cases not in ("all", "shared"):
+            raise ValueError(f"Expected `cases` to be 'shared', 'all' or a list of names, but got {cases!r}.")
+        known = known if cases == "all" else known[:1]
+    else:
+        declared = list(cases)
         if unknown := [case for case in declared if case not in known]:
             raise ValueError(f"Expected `cases` to be among {known}, but got {unknown}.")
         if len(set(declared)) < len(declared):
@@ -103,37 +112,48 @@ def nearest_case(present: Tensor, masks: Tensor, allowed: Tensor | None = None) 
         >>> nearest_case(torch.tensor([[False, True]]), masks, torch.tensor([True, True, False])).tolist()
         [0]
     """
-    count, width = masks.shape
-    shared = (present.float() @ masks.T.float()).long()  # (B, C); small whole numbers are exact
-    size = present.sum(1, keepdim=True)
-    # One integer ranks the cases: those that hold all that the row has, smallest first, are above M, the others below.
-    rank = torch.where(shared == size, 2 * width + 1 - masks.sum(1), shared)
+    return torch.where(present.any(1), _nearest(present, masks, allowed), len(masks))
+
+
+def _nearest(present: Tensor, masks: Tensor, allowed: Tensor | None) -> Tensor:
+    """:func:`nearest_case`, any where nothing is present."""
+    shared = present.float() @ masks.float().T  # (B, C); small whole numbers are exact
+    # One number ranks the cases: those that hold all that the row has, smallest first, are above M, the others below.
+    holds_all = 2 * masks.shape[1] + 1 - masks.sum(1)
+    rank = torch.where(shared == present.sum(1, keepdim=True), holds_all, shared)
     if allowed is not None:
         rank = torch.where(allowed, rank, -1)
-    order = torch.arange(count, device=present.device)
-    nearest = (rank * count - order).argmax(1)
-    return torch.where(size[:, 0] > 0, nearest, count)
+    return rank.argmax(1)  # The first of equals.
 
 
-def present_from_case(index: Tensor, masks: Tensor) -> Tensor:
-    """The inverse of :func:`nearest_case`: case indices to present masks, without waiting for the device.
+def block_index(present: Tensor, masks: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The case that classifies each row, and which block of each modality's prototypes that means.
 
     Args:
-        index: (B,) int64 in [0, C], where C means that nothing is present. Any other is an ``IndexError`` (on a GPU, a
-            device-side assertion); negative ones do not wrap around.
+        present: (B, M) bool.
         masks: (C, M) bool, from :func:`case_masks`.
+        seen: (C, M) bool, the modalities of each case that can be used; all by default, and where none is seen.
 
     Returns:
-        (B, M) bool.
+        (B,) int64 in [0, C), any where nothing is present; and (B, M) int64, the block among those of the cases that
+        hold the modality, -1 where the modality says nothing about the row.
 
     Example:
-        >>> present_from_case(torch.tensor([2, 0]), case_masks(["image", "text"])).tolist()
-        [[False, True], [True, True]]
+        >>> masks = case_masks(["image", "text"])
+        >>> block_index(torch.tensor([[True, True], [False, True]]), masks)
+        (tensor([0, 2]), tensor([[ 0,  0],
+                [-1,  1]]))
     """
-    if index.dtype != torch.int64:
-        raise TypeError(f"Expected argument `index` to be int64, but got {index.dtype}.")
-    nothing = masks.new_zeros(1, masks.shape[1])
-    return torch.cat([masks, nothing]).index_select(0, index)
+    usable = allowed = None
+    if seen is not None and not (is_readable(seen) and seen.all()):
+        usable = masks & (seen | ~seen.any())
+        allowed = usable.any(1)
+    if len(masks) == 1:
+        case = torch.zeros_like(present[:, 0], dtype=torch.int64)
+    else:
+        case = _nearest(present, masks if usable is None else usable, allowed)
+    held = (masks if usable is None else usable)[case]
+    return case, torch.where(present & held, (masks.cumsum(0) - 1)[case], -1)
 
 
 def present_from_missing_type(
@@ -209,8 +229,8 @@ def present_from_flags(
     """Present masks from one column of booleans per modality.
 
     Args:
-        flags: Name of a modality to its (B,) column of True (present), False or None (missing); a column that is None
-            or left out is missing in every row.
+        flags: Name of a modality to its (B,) column of True (present), False, None, NaN or ``pandas.NA`` (missing); a
+            column that is None or left out is missing in every row. A pandas DataFrame is one, too.
         modalities: The M names in the order of the result's columns, such as ``head.modalities``.
         device: Of the result; the CPU by default.
 
@@ -227,17 +247,22 @@ def present_from_flags(
     modalities = _modality_names(modalities)
     if unknown := [name for name in flags if name not in modalities]:
         raise ValueError(f"Expected flags for the modalities {tuple(modalities)}, but got {unknown}.")
-    columns = {name: _values(name, column) for name, column in flags.items() if column is not None}
+    columns = {name: _values(name, flags[name]) for name in flags if flags[name] is not None}
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"Expected columns of one length, and at least one column, but got lengths {lengths}.")
     for name, column in columns.items():
         for row, value in enumerate(column):
-            if value is not None and not isinstance(value, bool):
+            if not (isinstance(value, bool) or _is_empty(value)):
                 raise ValueError(f"Expected True, False or None, but got {value!r} for {name!r} in row {row}.")
     rows = next(iter(lengths.values()))
-    table = [[bool(value) for value in columns.get(name, [None] * rows)] for name in modalities]
+    table = [[value is True for value in columns.get(name, [None] * rows)] for name in modalities]
     return torch.tensor(table, dtype=torch.bool, device=device).T.contiguous()
+
+
+def _is_empty(value: Any) -> bool:
+    """None, NaN, or pandas' own mark of what is missing, whose type is told by name: pandas may not be there."""
+    return value is None or (isinstance(value, float) and value != value) or type(value).__name__ == "NAType"
 
 
 def _present_from_codes(

@@ -1,20 +1,17 @@
 """A whole model: encoders that run on the rows that have their modality, and a head on what they say."""
 
-import json
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
-from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from protohead.checkpoint import frozen_modules, load_model, save_model
 from protohead.head import DecoupledPrototypeHead
-from protohead.inputs import blank_row, check_inputs, select_rows
-from protohead.sharding import gather, is_sharded, shard_like
+from protohead.inputs import Present, blank_row, check_inputs, select_rows
+from protohead.objective import Objective
 
 __all__ = ["PrototypeClassifier", "encode_rows", "joint_rows"]
 
@@ -89,9 +86,9 @@ class PrototypeClassifier(nn.Module):
     def forward(
         self,
         inputs: Mapping[str, Any],
-        present: Tensor | None = None,
+        present: Present | None = None,
         labels: Tensor | None = None,
-        objective: Mapping[str, Any] | None = None,
+        objective: Objective | Mapping[str, Any] | None = None,
     ) -> Tensor:
         """Logits; with `labels` the margins are applied, for the loss.
 
@@ -100,28 +97,46 @@ class PrototypeClassifier(nn.Module):
                 as a tokenizer's output), or a list with None, or pandas' NaN, for missing rows. A list of tensors
                 reaches the encoder stacked, any other as a list. A modality that is None or left out is missing in
                 every row. Encoders are given the rows that are present, in their dtype.
-            present: (B, M) bool, columns in the order of ``head.modalities``; best on the CPU, where it is read.
-                By default a modality is present in a row unless that is None in a list, or all zeros in a tensor (in
-                all the tensors of a mapping). What stands in a missing row is never encoded.
+            present: (B, M) bool, columns in the order of ``head.modalities``, best on the CPU, where it is read; or
+                columns by name. By default a modality is present in a row unless it is None in a list, or all zeros in
+                a tensor (in all the tensors of a mapping). What stands in a missing row is never encoded.
             labels: As in the head.
-            objective: Return the training loss of the head's :meth:`~protohead.DecoupledPrototypeHead.loss` with these
-                of its keyword arguments, as in ``objective={"prototype_weight": 0.9}`` or ``{}``, instead of logits:
-                under DDP and FSDP2 all that trains goes through forward.
+            objective: Return the loss with these options of :meth:`loss`, as in ``{"prototype_weight": 0.9}`` or
+                ``{}``, instead of logits: for DDP and FSDP2, under which all that trains goes through forward.
 
         Returns:
             (B, K) logits, as the head's; or the loss, a scalar.
 
         Raises:
-            ValueError: If names, shapes or batch sizes are not as said; if `present` says that a row has what is not
-                given; if an encoder returns other than (n, D_m).
+            ValueError: If names, shapes or batch sizes are not as said; if the inputs contradict `present`; if an
+                encoder returns other than (n, D_m).
             TypeError: If a type is not as said.
         """
-        present = check_inputs(inputs, present, self.head.modalities)
-        features, present = self._encode(inputs, present), present.to(self._device())
-        result: Tensor = self.head(features, present, labels, objective)
+        mask = check_inputs(inputs, present, self.head.modalities)
+        features = self._encode(inputs, mask)
+        result: Tensor = self.head(features, mask.to(self._device()), labels, objective)
         return result
 
-    def encode(self, inputs: Mapping[str, Any], present: Tensor | None = None) -> dict[str, Tensor]:
+    def loss(self, inputs: Mapping[str, Any], present: Present | None, labels: Tensor, **options: Any) -> Tensor:
+        """The whole training objective of a batch, as the head's :meth:`~protohead.DecoupledPrototypeHead.loss`.
+
+        Args:
+            inputs: As in :meth:`forward`.
+            present: As in :meth:`forward`.
+            labels: As in :meth:`forward`.
+            **options: As in the head's.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ValueError: As :meth:`forward`, or if an option is not as said.
+            TypeError: As :meth:`forward`.
+        """
+        total: Tensor = self(inputs, present, labels, options)
+        return total
+
+    def encode(self, inputs: Mapping[str, Any], present: Present | None = None) -> dict[str, Tensor]:
         """The features, zeros where a modality is missing: to be cached, and given to the head later.
 
         Args:
@@ -140,7 +155,7 @@ class PrototypeClassifier(nn.Module):
     def train(self, mode: bool = True) -> "PrototypeClassifier":
         """Set training mode, except in what is frozen."""
         super().train(mode)
-        for module in self._frozen():
+        for module in frozen_modules(self):
             module.training = False
         return self
 
@@ -152,33 +167,7 @@ class PrototypeClassifier(nn.Module):
         What is frozen now is not in it, only some numbers of each parameter, by which :meth:`load` recognises another
         backbone. With sharded parameters (FSDP2) every rank must call this, and rank 0 writes.
         """
-        from safetensors.torch import save_file
-
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"Expected a folder that exists for {path}, but there is no {path.parent}.")
-        frozen, names = self._frozen(), set()
-        for prefix, module in self.named_modules():
-            if prefix.startswith("encoders") and module not in frozen:
-                own = [name for name, p in module.named_parameters(recurse=False) if p.requires_grad]
-                own += [name for name, _ in module.named_buffers(recurse=False)]
-                names |= {f"{prefix}.{name}" for name in own}
-        state = self.state_dict()
-        writes = not any(is_sharded(value) for value in state.values()) or dist.get_rank() == 0
-        kept = {}
-        for name in state:
-            if name in names or name.startswith("head."):
-                whole = gather(state[name])
-                if writes:  # On its own storage on the CPU, as safetensors wants.
-                    kept[name] = whole.cpu().clone().contiguous()
-        metadata = {"format": "pt", "frozen": json.dumps(self._samples())}
-        if writes:
-            part = path.with_name(f"{path.name}.{uuid4().hex}.part")
-            try:
-                save_file(kept, part, metadata)
-                os.replace(part, path)  # An interruption, or another rank, never leaves half a file.
-            finally:
-                part.unlink(missing_ok=True)
+        save_model(self, path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Read what :meth:`save` wrote, into a model of the same encoders and an equal head.
@@ -189,58 +178,9 @@ class PrototypeClassifier(nn.Module):
             ValueError: If the file is not such a file, or is of another head, other encoders, or other weights of
                 frozen parts. The model is then as it was.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                state, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"Expected a file that `save` wrote, but {path} cannot be read: {error}") from None
-        if "frozen" not in metadata:
-            raise ValueError(f"Expected a file that `save` wrote, but {path} is another safetensors file.")
-        if (cases := state.get("head._extra_state")) is not None:
-            self.head.set_extra_state(cases)  # Only checks.
-        own = self.state_dict()
-        then, samples = json.loads(metadata["frozen"]), self._samples(every=True)
-        wanted = {name for name in own if name.startswith("head.")} | ((set(samples) - set(then)) & set(own))
-        for what, names in (("lacks", wanted - set(state)), ("also holds", set(state) - set(own))):
-            if names:
-                raise ValueError(f"Expected a checkpoint of this model, but {path} {what} {_some(sorted(names))}.")
-        for name, value in state.items():
-            if value.shape != own[name].shape and name != "head._extra_state":
-                got = f"{tuple(value.shape)} in {path}"
-                raise ValueError(f"Expected {name!r} of shape {tuple(own[name].shape)}, but got {got}.")
-        same = [name in samples and _is_close(samples[name], numbers) for name, numbers in then.items()]
-        if not all(same):
-            others = [name for name, is_same in zip(then, same, strict=True) if not is_same]
-            raise ValueError(
-                f"Expected the frozen weights with which {path} was trained, but {len(others)} of {len(then)} are "
-                f"others: {_some(others)}."
-            )
-        self.load_state_dict({name: shard_like(value, own[name]) for name, value in state.items()}, strict=False)
-
-    def _samples(self, every: bool = False) -> dict[str, list[float]]:
-        """Some numbers of each frozen parameter of the encoders and of what frozen norms have counted; or of all."""
-        frozen = self._frozen()
-        samples = {}
-        for prefix, module in self.encoders.named_modules(prefix="encoders"):
-            tensors = [(name, p, p.requires_grad) for name, p in module.named_parameters(recurse=False)]
-            tensors += [(name, b, module not in frozen) for name, b in module.named_buffers(recurse=False)]
-            for name, x, kept in tensors:
-                if x.is_floating_point() and x.numel() and (every or not kept):
-                    samples[f"{prefix}.{name}"] = gather(x).flatten()[:: max(1, x.numel() // 8)][:8].tolist()
-        return samples
+        load_model(self, path)
 
     # -- the steps ----------------------------------------------------------------------------------------------------
-
-    def _frozen(self) -> set[nn.Module]:
-        """The modules in the encoders that hold parameters, none of them trainable, with all that is in them."""
-        frozen: set[nn.Module] = set()
-        for module in self.encoders.modules():
-            parameters = list(module.parameters())
-            if parameters and not any(p.requires_grad for p in parameters):
-                frozen.update(module.modules())
-        return frozen
 
     def _device(self) -> torch.device:
         return self.head.seen.device
@@ -342,14 +282,3 @@ def _features(name: str, out: Any, count: int) -> Tensor:
         wanted = f"({count}, D) floating-point features of {count} rows, or an object with such `pooler_output`"
         raise ValueError(f"Expected the encoder of {name!r} to return {wanted}, but got {got}.")
     return x
-
-
-def _is_close(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Within the precision of bfloat16, for a backbone that was cast since; NaN, as in unused memory, equals NaN."""
-    pairs = list(zip(a, b, strict=False))
-    close = [math.isclose(x, y, rel_tol=1e-2, abs_tol=1e-6) or (math.isnan(x) and math.isnan(y)) for x, y in pairs]
-    return len(a) == len(b) and all(close)
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(map(repr, names[:most])) + (", ..." if len(names) > most else "")

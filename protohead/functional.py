@@ -1,66 +1,98 @@
 """The formulas of Decoupled Prototype Learning (arXiv 2505.08283), without state.
 
-Everything here is computed in the dtype it is given: the head calls it in float32 or wider, outside autocast, since
-cosines reach 1 early in half precision.
+:func:`prototype_logits` has the logits of a batch. Everything here is computed in the dtype that it is given: the head
+calls it in float32 or wider, outside autocast, since cosines reach 1 early in half precision.
 """
 
-import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["add_angular_margin", "case_cosine", "normalize", "phi", "phi_with_slope", "prototype_contrast"]
+from protohead.context import is_readable
+from protohead.cosine import case_cosine, normalize
+
+__all__ = [
+    "add_angular_margin",
+    "case_cosine",
+    "modality_logits",
+    "normalize",
+    "phi",
+    "prototype_contrast",
+    "prototype_logits",
+]
 
 CHUNK = 2**22  # Similarities held at a time in the prototype loss: 16 MiB of float32.
 
 
-def normalize(x: Tensor) -> Tensor:
-    """Scale to length one, x / ‖x‖, along the last dimension; a zero vector stays zero, with a finite gradient.
-
-    Shape:
-        (..., D) -> (..., D)
-
-    Example:
-        >>> normalize(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
-        tensor([[0.6000, 0.8000],
-                [0.0000, 0.0000]])
-    """
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / torch.where(norm > 0, norm, 1)
-
-
-def case_cosine(x: Tensor, prototypes: Tensor, block: Tensor, active: Tensor) -> Tensor:
-    """Cosines of one modality's features with the prototypes of each row's missing case: ĥ[i,m] · ŵ[m][c_i,k].
+def prototype_logits(
+    features: Sequence[Tensor],
+    prototypes: Sequence[Tensor],
+    block: Tensor,
+    scale: Tensor,
+    margin: Tensor | None = None,
+    labels: Tensor | None = None,
+    bias: Tensor | None = None,
+    centers: Sequence[Tensor | None] | None = None,
+) -> Tensor:
+    """Logits of a batch: scale · φ(mean over the modalities of the cosines with the case's prototypes) + bias.
 
     Args:
-        x: (B, D) features.
-        prototypes: (V, K, D), one block of class prototypes per case that holds this modality.
-        block: (B,) int64 in [0, V), the block of each row; where `active` is False, any.
-        active: (B,) bool. A row that is not active gets zeros, and what stands in it reaches no gradient.
+        features: M tensors (B, D_m).
+        prototypes: M tensors (V_m, K, D_m), one block of class prototypes for each case that holds the modality.
+        block: (B, M) int64, the block of each row, -1 where the row lacks the modality; see
+            :func:`protohead.cases.block_index`.
+        scale: (B,) s of each row.
+        margin: (B,) μ of each row, in radians, and
+        labels: as in :func:`add_angular_margin`; without both there are no margins.
+        bias: (K,).
+        centers: M tensors (D_m,) that are subtracted from the features.
 
     Returns:
-        (B, K) cosines.
+        (B, K). Zeros for a row without any modality.
 
     Example:
-        >>> prototypes = torch.eye(2).expand(3, 2, 2)
-        >>> x = torch.tensor([[2.0, 0.0], [float("nan"), 1.0]])
-        >>> case_cosine(x, prototypes, torch.tensor([2, 0]), torch.tensor([True, False]))
-        tensor([[1., 0.],
-                [0., 0.]])
+        >>> prototypes = [torch.eye(2)[None], torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])]
+        >>> features = [torch.tensor([[3.0, 0.0], [5.0, 0.0]]), torch.tensor([[0.0, 1.0], [float("nan"), 0.0]])]
+        >>> block = torch.tensor([[0, 0], [0, -1]])
+        >>> prototype_logits(features, prototypes, block, torch.tensor([20.0, 20.0]))
+        tensor([[20.,  0.],
+                [20.,  0.]])
     """
-    x = normalize(torch.where(active[:, None], x, 0))
-    # Scaled afterwards: there is no normalised copy of the prototypes.
-    norm = torch.linalg.vector_norm(prototypes, dim=-1)
-    every_block = torch.einsum("bd,vkd->bvk", x, prototypes) / torch.where(norm > 0, norm, 1)
-    if len(prototypes) == 1:
-        return every_block.squeeze(1)
-    # Not take_along_dim: it fixes the batch size of an exported graph.
-    return every_block.gather(1, block[:, None, None].expand(-1, 1, prototypes.shape[1])).squeeze(1)
+    if centers is None:
+        centers = [None] * len(features)
+    cosines = [case_cosine(*one) for one in zip(features, prototypes, block.unbind(1), centers, strict=True)]
+    count = (block >= 0).sum(1, keepdim=True)
+    cosine = sum(cosines[1:], cosines[0]) / count.clamp(min=1)
+    if labels is not None and margin is not None:
+        # A row without any modality keeps its zeros.
+        cosine = add_angular_margin(cosine, labels, torch.where(count[:, 0] > 0, margin, 0))
+    logits = cosine * scale[:, None]
+    return logits if bias is None else logits + (count > 0) * bias
+
+
+def modality_logits(
+    features: Sequence[Tensor],
+    prototypes: Sequence[Tensor],
+    block: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    centers: Sequence[Tensor | None] | None = None,
+) -> Tensor:
+    """What each modality adds to the logits; arguments as in :func:`prototype_logits`.
+
+    Returns:
+        (B, M, K), the bias divided among the modalities that a row has.
+    """
+    if centers is None:
+        centers = [None] * len(features)
+    cosines = [case_cosine(*one) for one in zip(features, prototypes, block.unbind(1), centers, strict=True)]
+    parts = torch.stack(cosines, dim=1) * scale[:, None, None]
+    if bias is not None:
+        parts = parts + torch.where(block[:, :, None] >= 0, bias, 0)
+    return parts / (block >= 0).sum(1).clamp(min=1)[:, None, None]
 
 
 def add_angular_margin(cosine: Tensor, labels: Tensor, margin: Tensor) -> Tensor:
@@ -104,14 +136,6 @@ def phi(z: Tensor, margin: Tensor) -> Tensor:
     return torch.where(z > -margin.cos(), z * margin.cos() - sine * margin.sin(), z - margin * margin.sin())
 
 
-def phi_with_slope(z: Tensor, margin: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`phi` and its derivative with respect to `z`, for a backward pass that is written by hand."""
-    cosine, sine, root = margin.cos(), margin.sin(), (1 - z * z).clamp_(min=0).sqrt_()
-    slope, near = (z / root).nan_to_num_(nan=math.nan, posinf=0.0, neginf=0.0), z > -cosine
-    value = torch.where(near, z * cosine - root * sine, z - margin * sine)
-    return value, torch.where(near, cosine + slope * sine, 1)
-
-
 def prototype_contrast(
     prototypes: Sequence[Tensor],
     seen: Sequence[Tensor],
@@ -145,6 +169,9 @@ def prototype_contrast(
     """
     if shared_space:
         prototypes, seen = [torch.cat(list(prototypes))], [torch.cat(list(seen))]
+    if is_readable(seen[0]):  # Then what is not seen costs nothing.
+        prototypes = [p if s.all() else p[s] for p, s in zip(prototypes, seen, strict=True)]
+        seen = [s[s] for s in seen]
     parts = [_contrast(normalize(p), s, temperature, sample) for p, s in zip(prototypes, seen, strict=True)]
     total = torch.stack([loss for loss, _ in parts]).sum()
     anchors = torch.stack([count for _, count in parts]).sum()
@@ -180,34 +207,8 @@ def _contrast(prototypes: Tensor, seen: Tensor, temperature: float, sample: int 
 
 def _log_sum(flat: Tensor, anchors: Tensor, contrasts: Tensor, temperature: float) -> Tensor:
     """The logarithm of Σ_{q≠a} exp(a·q/τ) of some anchors."""
-    similarity: Tensor = _Gram.apply(flat) if len(anchors) == len(flat) else flat[anchors] @ flat.T
+    similarity = flat[anchors] @ flat.T
     # Not -inf: a row with no contrast at all would put NaN into the backward pass.
     unseen = torch.where(contrasts, 0, -1e30).to(flat.dtype)
     log_sum: Tensor = similarity.mul_(1 / temperature).add_(unseen).scatter_(1, anchors[:, None], -1e30).logsumexp(1)
     return log_sum
-
-
-class _Gram(torch.autograd.Function):
-    """x xᵀ, whose gradient autograd computes with two products."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x @ x.T
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        x: Tensor = ctx.saved_tensors[0]
-        return (grad + grad.T) @ x
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast off, where it is on."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()

@@ -1,66 +1,112 @@
 """What a head and a classifier accept: every check that stands between a wrong input and a silent wrong answer."""
 
-import math
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from protohead.cases import present_from_flags
+from protohead.context import is_readable
+
 __all__ = [
     "Features",
+    "Present",
     "blank_row",
-    "check_constants",
-    "check_count",
     "check_device",
+    "check_finite",
     "check_inputs",
     "check_labels",
-    "check_present",
-    "per_case",
     "read_features",
+    "read_present",
     "select_rows",
 ]
 
 Features = Tensor | Mapping[str, Tensor | None]
+Present = Tensor | Mapping[str, Any]  # Or a pandas DataFrame.
+
+ENOUGH = 8  # Rows from which features can contradict a mask.
 
 
 def read_features(
-    features: Features, present: Tensor | None, widths: Mapping[str, int], device: torch.device
+    features: Features, present: Present | None, widths: Mapping[str, int], device: torch.device
 ) -> tuple[list[Tensor], Tensor]:
     """Check a batch; return one (B, D_m) tensor per modality and the (B, M) present mask, all on the device.
 
-    Zeros stand in for a modality that is not given, so that its prototypes stay in the graph, as DDP needs.
+    Zeros stand in for a modality that is left out, so that its prototypes stay in the graph, as DDP needs.
     """
-    given = _named(features, widths)
-    if present is not None:
-        check_present(present, tuple(widths))
-    first = next(iter(given.values()), present)
+    tensors = _by_name(features, widths)
+    mask = None if present is None else read_present(present, tuple(widths), device)
+    first = next(iter(tensors.values()), mask)
     if first is None:
         raise ValueError(f"Expected features of at least one of {tuple(widths)}, or `present`, but got neither.")
     batch = first.shape[0]  # len() would fix the batch size of an exported graph.
-    inputs = given if present is None else {**given, "present": present}
+    inputs = tensors if mask is None else {**tensors, "present": mask}
     if any(x.shape[0] != batch for x in inputs.values()):
         sizes = {name: x.shape[0] for name, x in inputs.items()}
         raise ValueError(f"Expected one batch size, but got {sizes}.")
     for name, x in inputs.items():
         check_device(name, x, device)
     rows = [
-        given[name] if name in given else torch.zeros(batch, width, device=first.device)
+        tensors[name] if name in tensors else torch.zeros(batch, width, device=first.device)
         for name, width in widths.items()
     ]
-    if present is None:
+    if mask is None:
         return rows, torch.stack([(x != 0).any(1) for x in rows], dim=1)
-    if len(given) == len(widths):
-        return rows, present
-    there = torch.tensor([name in given for name in widths], device=present.device)
-    # In a compiled graph, where values cannot be read, a modality that is not given is missing.
-    if not torch.compiler.is_compiling() and (present & ~there).any():
-        row, m = (present & ~there).nonzero()[0].tolist()
+    if len(tensors) == len(widths):
+        # Most batches need no closer look: no feature that is present begins with a zero.
+        if _is_enough(mask) and (mask & torch.stack([x[:, 0] == 0 for x in rows], dim=1)).any():
+            _check_agreement(mask, torch.stack([(x == 0).all(1) for x in rows], dim=1))
+        return rows, mask
+    there = torch.tensor([name in tensors for name in widths], device=mask.device)
+    # In a compiled graph, where values cannot be read, a modality that is left out is missing.
+    if not torch.compiler.is_compiling() and (mask & ~there).any():
+        row, m = (mask & ~there).nonzero()[0].tolist()
         raise ValueError(
             f"Expected features of {tuple(widths)[m]!r}, which `present` says that row {row} has; got none."
         )
-    return rows, present & there
+    return rows, mask & there
+
+
+def read_present(present: Any, modalities: Sequence[str], device: torch.device | None = None) -> Tensor:
+    """A (B, M) bool tensor as it is, or one made of columns by name."""
+    if isinstance(present, Mapping) or hasattr(present, "columns"):
+        return present_from_flags(present, modalities, device)
+    if not isinstance(present, Tensor) or present.dtype != torch.bool:
+        raise TypeError(
+            f"Expected `present` to be a bool tensor, or columns by name, but got {_kind(present)}. A mask of 0 and 1 "
+            "takes torch.as_tensor(mask).bool(); protohead.present_from_flags converts columns of True and None, "
+            "protohead.present_from_missing_type the codes of MAP, DCP and DPL."
+        )
+    if present.dim() != 2 or present.shape[1] != len(modalities):
+        wanted, got = f"(B, {len(modalities)})", tuple(present.shape)
+        raise ValueError(f"Expected argument `present` to be of shape {wanted} for {tuple(modalities)}, but got {got}.")
+    return present
+
+
+def _is_enough(present: Tensor) -> bool:
+    """Whether inputs can contradict a mask: one that can be read, of enough rows."""
+    return is_readable(present) and present.shape[0] >= ENOUGH
+
+
+def _check_agreement(present: Tensor, zero: Tensor) -> None:
+    """Refuse a mask that the inputs contradict: inverted, or with its columns swapped.
+
+    Args:
+        present: (B, M) bool.
+        zero: (B, M) bool, which inputs are all zeros.
+    """
+    if (~present & zero).any() or present.all():
+        return
+    # In a complete row swapped columns do not show.
+    some = present & (~present.all(1, keepdim=True) | (present.shape[1] == 1))
+    wrong, right = int((some & zero).sum()), int((some & ~zero).sum())
+    if wrong >= max(2, right):
+        raise ValueError(
+            f"Expected `present` to be True where a modality is there, its columns in the order of the modalities, but "
+            f"{wrong} inputs that it calls present are zeros, and none that it calls missing: it is inverted, or its "
+            "columns are swapped."
+        )
 
 
 def check_device(name: str, x: Tensor, device: torch.device) -> None:
@@ -69,8 +115,8 @@ def check_device(name: str, x: Tensor, device: torch.device) -> None:
         raise ValueError(f"Expected `{name}` to be on the device of the head, {device}, but got it on {x.device}.")
 
 
-def _named(features: Features, widths: Mapping[str, int]) -> dict[str, Tensor]:
-    """The features that are given, by name, in order."""
+def _by_name(features: Features, widths: Mapping[str, int]) -> dict[str, Tensor]:
+    """The features by name, in order, without those that are None."""
     if isinstance(features, Tensor):
         total = sum(widths.values())
         if features.dim() != 2 or features.shape[1] != total:
@@ -83,53 +129,42 @@ def _named(features: Features, widths: Mapping[str, int]) -> dict[str, Tensor]:
         raise TypeError(f"Expected argument `features` to be a tensor or a mapping, but got {type(features).__name__}.")
     if unknown := [name for name in features if name not in widths]:
         raise ValueError(f"Expected features of {tuple(widths)}, but got {unknown}.")
-    given = {name: x for name in widths if (x := features.get(name)) is not None}
-    for name, x in given.items():
+    tensors = {name: x for name in widths if (x := features.get(name)) is not None}
+    for name, x in tensors.items():
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f"Expected features of {name!r} to be a floating-point tensor, but got {_kind(x)}.")
         if x.dim() != 2 or x.shape[1] != widths[name]:
             got = tuple(x.shape)
             raise ValueError(f"Expected features of {name!r} to be of shape (B, {widths[name]}), but got {got}.")
-    return given
+    return tensors
 
 
-def check_present(present: Tensor, modalities: Sequence[str]) -> None:
-    """A (B, M) bool tensor."""
-    if not isinstance(present, Tensor) or present.dtype != torch.bool:
-        raise TypeError(
-            f"Expected argument `present` to be a bool tensor, but got {_kind(present)}; a mask of 0 and 1 takes "
-            "torch.as_tensor(mask).bool(), and protohead.present_from_missing_type converts MAP's codes."
-        )
-    if present.dim() != 2 or present.shape[1] != len(modalities):
-        wanted, got = f"(B, {len(modalities)})", tuple(present.shape)
-        raise ValueError(f"Expected argument `present` to be of shape {wanted} for {tuple(modalities)}, but got {got}.")
-
-
-def check_inputs(inputs: Mapping[str, Any], present: Tensor | None, modalities: Sequence[str]) -> Tensor:
+def check_inputs(inputs: Mapping[str, Any], present: Present | None, modalities: Sequence[str]) -> Tensor:
     """Check what encoders are to be given; return the (B, M) present mask, on the CPU."""
     if not isinstance(inputs, Mapping):
         raise TypeError(f"Expected argument `inputs` to map modalities to inputs, but got {_kind(inputs)}.")
     if unknown := [name for name in inputs if name not in modalities]:
         raise ValueError(f"Expected inputs of {tuple(modalities)}, but got others: {unknown}.")
-    given = {name: x for name in modalities if (x := inputs.get(name)) is not None}
-    sizes = {name: _batch_size(name, x) for name, x in given.items()}
-    if present is not None:
-        check_present(present, modalities)
-        sizes["present"] = len(present)
+    rows = {name: x for name in modalities if (x := inputs.get(name)) is not None}
+    sizes = {name: _batch_size(name, x) for name, x in rows.items()}
+    mask = None if present is None else read_present(present, modalities)
+    if mask is not None:
+        sizes["present"] = len(mask)
     if len(set(sizes.values())) != 1:
         raise ValueError(f"Expected inputs of {tuple(modalities)}, all of one batch size, but got {sizes or 'none'}.")
     (batch,) = set(sizes.values())
-    if present is None:
-        columns = [_rows_there(given.get(name, [None] * batch)) for name in modalities]
-        return torch.stack(columns, dim=1)
-    present = present.cpu()
-    for m, name in enumerate(modalities):
-        x = given.get(name, [None] * batch)
+    columns = {name: rows.get(name, [None] * batch) for name in modalities}
+    if mask is None:
+        return torch.stack([_rows_there(x) for x in columns.values()], dim=1)
+    mask = mask.cpu()
+    for m, (name, x) in enumerate(columns.items()):
         # Of a tensor `present` may say that zeros are there; what is None cannot be.
-        if isinstance(x, Sequence) and (lacking := present[:, m] & ~_rows_there(x)).any():
+        if isinstance(x, Sequence) and (lacking := mask[:, m] & ~_rows_there(x)).any():
             row = lacking.nonzero()[0].item()
             raise ValueError(f"Expected inputs of {name!r}, which `present` says that row {row} has; got none.")
-    return present
+    if _is_enough(mask) and all(_is_on_cpu(x) for x in columns.values()):
+        _check_agreement(mask, ~torch.stack([_rows_there(x) for x in columns.values()], dim=1))
+    return mask
 
 
 def _batch_size(name: str, x: Any) -> int:
@@ -143,6 +178,12 @@ def _batch_size(name: str, x: Any) -> int:
         got = {key: tuple(value.shape) for key, value in x.items() if isinstance(value, Tensor)}
         raise ValueError(f"Expected the tensors of {name!r} to have one batch size, but got {got}.")
     return len(tensors[0])
+
+
+def _is_on_cpu(x: Any) -> bool:
+    """Whether this is a tensor or a mapping, whose tensors can be read without waiting."""
+    tensors = [value for value in (x.values() if isinstance(x, Mapping) else [x]) if isinstance(value, Tensor)]
+    return bool(tensors) and all(is_readable(value) for value in tensors)
 
 
 def _rows_there(x: Any) -> Tensor:
@@ -174,16 +215,19 @@ def blank_row(x: Tensor | Mapping[str, Any]) -> Any:
     return x.new_full((1, *x.shape[1:]), 0 if x.is_floating_point() else 1)
 
 
-def check_labels(labels: Tensor, batch: int, num_classes: int) -> None:
-    """(B,) int64 in [0, K) or -100, or (B, K) floating-point in [0, 1]."""
+def check_labels(labels: Tensor, batch: int, num_classes: int, device: torch.device | None = None) -> None:
+    """(B,) int64 in [0, K) or -100, or (B, K) floating-point in [0, 1]; on the device, where one is given."""
     wanted = f"int64 (B,), or floating-point (B, {num_classes})"  # Writing `batch` out here would fix it in a graph.
     if not isinstance(labels, Tensor) or not (labels.dtype == torch.int64 or labels.is_floating_point()):
-        raise TypeError(f"Expected argument `labels` to be {wanted}, but got {_kind(labels)}.")
+        cast = "; `.long()` casts classes, `.float()` several labels a row" if isinstance(labels, Tensor) else ""
+        raise TypeError(f"Expected argument `labels` to be {wanted}, but got {_kind(labels)}{cast}.")
     if labels.shape != ((batch, num_classes) if labels.is_floating_point() else (batch,)):
         got = f"{labels.dtype} {tuple(labels.shape)} for B = {batch}"
         raise ValueError(f"Expected argument `labels` to be {wanted}, but got {got}.")
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
-        return  # Reading the values would wait for the device, or break the graph.
+    if device is not None:
+        check_device("labels", labels, device)
+    if not is_readable(labels):
+        return
     if labels.is_floating_point():
         wrong, allowed = ~((labels >= 0) & (labels <= 1)), "in [0, 1]"
     else:
@@ -198,32 +242,10 @@ def check_labels(labels: Tensor, batch: int, num_classes: int) -> None:
         raise ValueError(f"Expected argument `labels` to be {allowed}, but got {value} in row {at[0]}.")
 
 
-def per_case(argument: str, value: float | Mapping[str, float], cases: Sequence[str]) -> list[float]:
-    """One number per case, from one for all or from a mapping that names them all."""
-    if not isinstance(value, Mapping):
-        value = dict.fromkeys(cases, value)
-    if set(value) != set(cases):
-        raise ValueError(f"Expected argument `{argument}` to name exactly the cases {cases}, but got {tuple(value)}.")
-    for number in value.values():
-        if not isinstance(number, Real) or isinstance(number, bool):
-            raise TypeError(f"Expected argument `{argument}` to be a number, or numbers by case, but got {number!r}.")
-    return [float(value[case]) for case in cases]
-
-
-def check_constants(scale: Sequence[float], margin: Sequence[float], cases: Sequence[str]) -> None:
-    """One of each for each case: as the constructor was given them, or as they have been changed since."""
-    if len(scale) != len(cases) or not all(0 < value < math.inf for value in scale):
-        raise ValueError(f"Expected `scale` to be positive, for each of the cases {cases}, but got {scale}.")
-    if len(margin) != len(cases) or not all(0 <= value < math.pi for value in margin):
-        wanted = f"in [0, pi) radians, for each of the cases {cases}"
-        raise ValueError(f"Expected `margin` to be {wanted}, but got {margin}.")
-
-
-def check_count(argument: str, value: Any) -> int:
-    """A positive integer, NumPy's included."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"Expected argument `{argument}` to be a positive integer, but got {value!r}.")
-    return int(value)
+def check_finite(what: str, x: Tensor, rows: Tensor) -> None:
+    """No NaN or infinity in some of the rows, (N,) bool."""
+    if (wrong := rows & ~x.isfinite().all(1)).any():
+        raise ValueError(f"Expected finite {what}, but row {int(wrong.nonzero()[0])} has others.")
 
 
 def _kind(value: Any) -> object:

@@ -1,88 +1,137 @@
-"""The training objective of :meth:`DecoupledPrototypeHead.loss`, without state."""
+"""The training objective of a batch, and its options in one dataclass."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = [
-    "PROTOTYPE_WEIGHT",
-    "SUBCASE_WEIGHT",
-    "check_objective",
-    "classification_loss",
-    "split_modalities",
-    "update_mean",
-]
+from protohead.center import update_center
+from protohead.context import is_readable
+from protohead.sharding import sum_between_ranks
+from protohead.untrained import warn_of_eval_mode
 
-PROTOTYPE_WEIGHT = 0.9  # λ of the published MM-IMDb settings.
-SUBCASE_WEIGHT = 0.5
-WINDOW = 10_000  # Rows that the features' mean remembers, so that it follows encoders that are trained.
+__all__ = ["Objective", "add_subcases", "classification_loss", "read_objective", "split_modalities", "training_loss"]
 
 
-def check_objective(objective: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
-    """All four options of the objective, from those that are given."""
-    defaults = {
-        "prototype_weight": PROTOTYPE_WEIGHT,
-        "subcase_weight": SUBCASE_WEIGHT,
-        "class_weight": None,
-        "label_smoothing": 0.0,
-    }
-    if not isinstance(objective, Mapping) or set(objective) - set(defaults):
-        raise ValueError(f"Expected argument `objective` to map some of {tuple(defaults)}, but got {objective!r}.")
-    options: dict[str, Any] = defaults | dict(objective)
-    for name, limit in (("prototype_weight", math.inf), ("subcase_weight", math.inf), ("label_smoothing", 1)):
-        value = options[name]
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < limit:
-            raise ValueError(f"Expected argument `{name}` to be a number in [0, {limit}), but got {value!r}.")
-    weight = options["class_weight"]
-    right = isinstance(weight, Tensor) and weight.is_floating_point() and weight.shape == (num_classes,)
-    if weight is not None and not right:
-        got = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else repr(weight)
-        wanted = f"a floating-point ({num_classes},) tensor"
-        raise ValueError(f"Expected argument `class_weight` to be {wanted}, but got {got}.")
-    # As with labels, values are read where that waits for no device and breaks no graph.
-    readable = weight is not None and weight.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and not ((weight >= 0) & weight.isfinite()).all():
-        raise ValueError(f"Expected argument `class_weight` to be finite and not negative, but got {weight}.")
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """``classification + subcase_weight * sub-cases + prototype_weight * prototype_loss()``.
+
+    The classification loss, with margins, is the cross-entropy of one label or the binary cross-entropy of several. A
+    row with several modalities is also a sample of its sub-cases: these are split at random in two parts, each of which
+    is classified like a row that has no more. This also trains cases that do not occur.
+
+    Args:
+        prototype_weight: λ of the prototype loss, which is not computed where this is 0. 0.9 is published for MM-IMDb.
+        subcase_weight: Of the two parts each. 0 leaves them out.
+        class_weight: (K,), not negative: as `weight` in ``F.cross_entropy``, or, for several labels, in
+            ``F.binary_cross_entropy_with_logits`` (of both answers, which `pos_weight` is not).
+        label_smoothing: ε in [0, 1), as in ``F.cross_entropy``; several labels are drawn towards ½.
+
+    Raises:
+        ValueError: If a value is not as said; those of `class_weight` are read on the CPU only.
+    """
+
+    prototype_weight: float = 0.9
+    subcase_weight: float = 0.5
+    class_weight: Tensor | None = None
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:  # noqa: D105
+        for name, limit in (("prototype_weight", math.inf), ("subcase_weight", math.inf), ("label_smoothing", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) < limit:
+                raise ValueError(f"Expected `{name}` to be a number in [0, {limit}), but got {value!r}.")
+        weight = self.class_weight
+        if weight is None:
+            return
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 1:
+            got = f"{weight.dtype} {tuple(weight.shape)}" if isinstance(weight, Tensor) else repr(weight)
+            raise ValueError(f"Expected `class_weight` to be a floating-point (K,) tensor, but got {got}.")
+        if is_readable(weight) and not ((weight >= 0) & weight.isfinite()).all():
+            raise ValueError(f"Expected `class_weight` to be finite and not negative, but got {weight}.")
+
+
+def read_objective(options: Objective | Mapping[str, Any], num_classes: int) -> Objective:
+    """The objective of some options.
+
+    Raises:
+        ValueError: If an option is unknown or not as said.
+    """
+    if not isinstance(options, Objective):
+        known = tuple(field.name for field in fields(Objective))
+        if not isinstance(options, Mapping) or set(options) - set(known):
+            raise ValueError(f"Expected the objective to have some of the options {known}, but got {options!r}.")
+        options = Objective(**options)
+    weight = options.class_weight
+    if weight is not None and len(weight) != num_classes:
+        raise ValueError(f"Expected `class_weight` to be of shape ({num_classes},), but got {tuple(weight.shape)}.")
     return options
 
 
-@torch.no_grad()
-def update_mean(
-    mean: Tensor,
-    count: Tensor,
-    rows: Sequence[Tensor],
+def training_loss(
+    head: Any,
+    score: Callable[[Any, list[Tensor], Tensor, Tensor], tuple[Tensor, Tensor]],
+    rows: list[Tensor],
     present: Tensor,
-    total: Callable[[Tensor], Tensor],
-    reads: bool = False,
-) -> None:
-    """Update in place the running mean of each modality's features, over the rows that have it on any rank.
+    labels: Tensor | None,
+    objective: Objective,
+) -> Tensor:
+    """The whole objective of a batch; in training the head's center is learned of it.
 
     Args:
-        mean: (ΣD_m,).
-        count: (M,) of how many rows of each modality it is the mean; no more than WINDOW, or than a batch has.
-        rows: M tensors (B, D_m).
+        head: The head.
+        score: From the head, features, a mask and labels to (N, K) logits and the (N, M) blocks of prototypes that they
+            are made of, -1 for none.
+        rows: M tensors (B, D_m) of features.
         present: (B, M) bool.
-        total: Sums over the ranks.
-        reads: Whether the mask can be read, which is many times faster on a CPU.
+        labels: As in :func:`classification_loss`.
+        objective: The options.
+
+    Returns:
+        A scalar.
     """
-    sums, counts = [], []
-    for m, x in enumerate(rows):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        # One row that has overflowed must not spoil all later ones.
-        here = present[:, m] & x.sum(1, dtype=wide).isfinite()
-        chosen = x[here] if reads else torch.where(here[:, None], x, 0)
-        sums.append(chosen.sum(0, dtype=wide).to(mean.dtype))
-        counts.append(here.sum().to(mean.dtype))
-    whole = total(torch.cat([*sums, torch.stack(counts)]))
-    widths = torch.tensor([x.shape[1] for x in rows], device=whole.device)
-    new, counted = whole[: -len(rows)], whole[-len(rows) :]
-    count.copy_(torch.maximum((count + counted).clamp(max=WINDOW), counted))
-    each, every = (x.repeat_interleave(widths, output_size=len(new)) for x in (counted, count))
-    mean += (new - each * mean) / every.clamp(min=1)
+    if labels is None:
+        raise ValueError("Expected argument `labels` for the objective, but got None.")
+    if not head.training:
+        warn_of_eval_mode(any(p.requires_grad for p in head.parameters()))
+    elif head.centered:
+        total = partial(sum_between_ranks, module=head)
+        update_center(head.center, head.center_rows, head.center_spread, rows, present, total)
+    batch = present.shape[0]
+    if objective.subcase_weight and present.shape[1] > 1:
+        index, present = add_subcases(present)
+        rows, labels = [x.index_select(0, index) for x in rows], labels[index]
+    logits, block = score(head, rows, present, labels)
+    losses, weights = classification_loss(logits, labels, objective.class_weight, objective.label_smoothing)
+    counts = (block >= 0).any(1)  # The other rows have nothing to be classified by.
+    losses, weights = (torch.where(counts, x, 0) for x in (losses, weights))
+    total_loss = losses[:batch].sum() + objective.subcase_weight * losses[batch:].sum()
+    weight = weights[:batch].sum()
+    loss = total_loss / torch.where(weight > 0, weight, 1)
+    return loss + objective.prototype_weight * head.prototype_loss() if objective.prototype_weight else loss
+
+
+def add_subcases(present: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of a batch, and behind them the two sub-cases of each row that has several modalities.
+
+    Args:
+        present: (B, M) bool.
+
+    Returns:
+        (N,) int64, which row each is; and (N, M) bool, what it has. On a GPU all rows have sub-cases, maybe with
+        nothing, since to count them would wait for the device.
+    """
+    first, second = split_modalities(present)
+    rows = torch.arange(present.shape[0], device=present.device)
+    some = first.any(1).nonzero()[:, 0] if is_readable(present) else rows
+    return torch.cat([rows, some, some]), torch.cat([present, first[some], second[some]])
 
 
 def split_modalities(present: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,8 +165,8 @@ def classification_loss(
     Args:
         logits: (B, K).
         labels: (B,) int64, where -100 is ignored; or (B, K) float in [0, 1].
-        class_weight: (K,), of the classes (of both answers to each label, where there are several).
-        label_smoothing: ε, the share of a label that is spread over all classes, or over both answers.
+        class_weight: As in :class:`Objective`.
+        label_smoothing: As in :class:`Objective`.
 
     Returns:
         Two (B,) tensors: the losses times the weights, and the weights, by whose sum the mean divides.
@@ -134,6 +183,5 @@ def classification_loss(
         losses = F.binary_cross_entropy_with_logits(logits, smooth, class_weight, reduction="none").mean(1)
         return losses, torch.ones_like(losses)
     losses = F.cross_entropy(logits, labels, class_weight, reduction="none", label_smoothing=label_smoothing)
-    known = labels >= 0
     weights = torch.ones_like(losses) if class_weight is None else class_weight[labels.clamp(min=0)]
-    return losses, torch.where(known, weights, 0)
+    return losses, torch.where(labels >= 0, weights, 0)

@@ -13,44 +13,28 @@ from torch.nn.parallel import DistributedDataParallel
 __all__ = [
     "gather",
     "gather_for_loss",
+    "is_managed",
     "is_sharded",
-    "refuse_sharded",
     "shard_like",
-    "share_between_ranks",
     "sum_between_ranks",
 ]
 
 
-def share_between_ranks(marks: Tensor, module: nn.Module) -> None:
-    """In a forward pass of DDP or FSDP2, set in a bool buffer what is set on any rank; all ranks must call it.
+def sum_between_ranks(x: Tensor, module: nn.Module) -> Tensor:
+    """In a forward pass of DDP or FSDP2, the sum over the ranks, in place; all of them must call it.
 
     DDP copies the buffers of rank 0 to the others, so what only another rank has seen must reach rank 0. FSDP2 leaves
     each rank its own, but the prototype loss must be that of the same cases everywhere.
     """
-    marks.copy_(_all_reduce(marks.byte(), dist.ReduceOp.MAX, module))
-
-
-def sum_between_ranks(x: Tensor, module: nn.Module) -> Tensor:
-    """In a forward pass of DDP or FSDP2, the sum over the ranks, all of which must call it."""
-    return _all_reduce(x, dist.ReduceOp.SUM, module)
-
-
-def _all_reduce(x: Tensor, op: Any, module: nn.Module) -> Tensor:
     ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
-    if ddp is not None or _is_managed(module):
-        dist.all_reduce(x, op, group=None if ddp is None else ddp.process_group)
+    if ddp is not None or is_managed(module):
+        dist.all_reduce(x, group=None if ddp is None else ddp.process_group)
     return x
 
 
-def _is_managed(module: nn.Module) -> bool:
+def is_managed(module: nn.Module) -> bool:
     """Whether FSDP2 has the module's parameters, whichever module it was given; it leaves this mark for Dynamo."""
     return getattr(module, "_is_fsdp_managed_module", False)
-
-
-def refuse_sharded(module: nn.Module, method: str) -> None:
-    """Refuse what would write to gathered parameters and be lost with them."""
-    if _is_managed(module):
-        raise RuntimeError(f"Expected `{method}` before `fully_shard`, but the prototypes are sharded already.")
 
 
 def is_sharded(x: object) -> bool:
@@ -74,7 +58,7 @@ def gather_for_loss(prototypes: nn.ParameterDict, name: str, module: nn.Module) 
         whole = prototype.redistribute(placements=[Replicate()] * dims)
         local: Tensor = whole.to_local(grad_placements=[Partial("avg")] * dims)  # The mean over the ranks.
         return local
-    if not (_is_managed(module) and prototype.requires_grad and torch.is_grad_enabled()):
+    if not (is_managed(module) and prototype.requires_grad and torch.is_grad_enabled()):
         unchanged: Tensor = prototype
         return unchanged
 

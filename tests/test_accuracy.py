@@ -38,8 +38,8 @@ def test_reads_one_label_or_several_and_natural_gaps(tmp_path):
     data = load(written(tmp_path / "a.npz", has_text=np.arange(60) % 2 == 0))
     assert data.widths == WIDTHS
     assert (data.num_classes, data.labels.dtype) == (3, torch.int64)
-    assert data.given[:, 0].all()
-    assert torch.equal(data.given[:, 1], torch.arange(60) % 2 == 0)
+    assert data.present[:, 0].all()
+    assert torch.equal(data.present[:, 1], torch.arange(60) % 2 == 0)
     assert not data.features["text"][1::2].any()
     assert {name: len(rows) for name, rows in data.rows.items()} == {"train": 30, "val": 15, "test": 15}
     several = load(written(tmp_path / "b.npz", label=np.eye(3, dtype=np.int8)[np.arange(60) % 3]))

@@ -1,10 +1,11 @@
 """Each score against a slow, obvious transcription; temperatures against what the logits were made with."""
 
 import csv
+import importlib
 import io
 import math
-import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -20,23 +21,23 @@ ROWS, CLASSES = 60, 5
 EXACT = {"rel": 1e-6, "abs": 1e-6, "nan_ok": True}  # torchmetrics divides in float32.
 
 
-# -- the definitions, in plain Python: `p`, `marks` and `said` are lists of rows --------------------------------------
+# -- the definitions, in plain Python: `p`, `truth` and `predicted` are lists of rows ----------------------------------
 
 
 def slow_scores(logits, labels, threshold=0.5):
     logits, several = logits.double().tolist(), labels.dim() == 2
     count = len(logits[0])
     if several:
-        marks = [[value == 1 for value in row] for row in labels.tolist()]
+        truth = [[value == 1 for value in row] for row in labels.tolist()]
         p = [[1 / (1 + math.exp(-z)) for z in row] for row in logits]
-        said = [[x > threshold for x in row] for row in p]
+        predicted = [[x > threshold for x in row] for row in p]
     else:
-        marks = [[k == label for k in range(count)] for label in labels.tolist()]
+        truth = [[k == label for k in range(count)] for label in labels.tolist()]
         p = [[math.exp(z) / sum(map(math.exp, row)) for z in row] for row in logits]
-        said = [[k == row.index(max(row)) for k in range(count)] for row in logits]
-    columns = [list(zip(*table, strict=True)) for table in (p, marks, said)]
+        predicted = [[k == row.index(max(row)) for k in range(count)] for row in logits]
+    columns = [list(zip(*table, strict=True)) for table in (p, truth, predicted)]
     by_class = list(zip(*columns, strict=True))
-    flat = [[x for row in table for x in row] for table in (p, marks, said)]
+    flat = [[x for row in table for x in row] for table in (p, truth, predicted)]
     if several:
         forecasts = list(zip(flat[0], flat[1], strict=True))
         decisions = [(x if yes else 1 - x, yes != true) for x, true, yes in zip(*flat, strict=True)]
@@ -57,9 +58,9 @@ def mean(values):
     return sum(values) / len(values) if values else math.nan
 
 
-def slow_f1(true, said):
-    both = sum(a and b for a, b in zip(true, said, strict=True))
-    return 2 * both / (sum(true) + sum(said))
+def slow_f1(true, predicted):
+    both = sum(a and b for a, b in zip(true, predicted, strict=True))
+    return 2 * both / (sum(true) + sum(predicted))
 
 
 def slow_auroc(p, true):
@@ -108,7 +109,7 @@ def several(rows=ROWS, classes=CLASSES, seed=0):
 # -- evaluate ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("kind", [single, several])
 def test_every_score_is_its_definition_in_every_case(kind, seed):
     logits, labels, present = kind(seed=seed)
@@ -142,7 +143,7 @@ def test_one_label_is_as_torchmetrics_has_it():
 
 @pytest.mark.parametrize("kind", [single, several])
 def test_ties(kind):
-    logits, labels, present = kind(rows=21)
+    logits, labels, present = kind(rows=9)
     logits = logits.mul(0.5).round()  # Many equal probabilities.
     scores, slow = evaluate(logits, labels, present, NAMES).all_rows, slow_scores(logits, labels)
     assert scores.pop("aurc") == pytest.approx(slow.pop("aurc"), abs=0.01)  # of 4000 random orders
@@ -151,7 +152,7 @@ def test_ties(kind):
 
 def test_equally_confident_predictions_come_in_random_order():
     logits, present = torch.zeros(4, 2), torch.ones(4, 2, dtype=torch.bool)
-    logits[0, 0] = 9.0  # right; then three tied, all said to be class 0, of which one is wrong
+    logits[0, 0] = 9.0  # right; then three tied, all predicted to be class 0, of which one is wrong
     scores = evaluate(logits, torch.tensor([0, 0, 1, 0]), present, NAMES).all_rows
     assert scores["aurc"] == pytest.approx((0 + (1 / 3) / 2 + (2 / 3) / 3 + 1 / 4) / 4)
 
@@ -259,7 +260,7 @@ def test_any_precision_is_widened(dtype):
     assert scores["aurc"] == pytest.approx((0 + 1 / 2 + 1 / 3) / 3)
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float16])
 def test_labels_of_any_dtype(dtype):
     logits, labels, present = several()
     assert evaluate(logits, labels.to(dtype), present, NAMES) == evaluate(logits, labels, present, NAMES)
@@ -289,7 +290,12 @@ def test_rows_and_table():
 LOGITS, LABELS, PRESENT = single(6)
 
 
-@pytest.mark.parametrize("function", [evaluate, fit_temperature])
+def test_report_is_plain():
+    report = evaluate(LOGITS, LABELS, PRESENT, NAMES)
+    assert isinstance(report, Report)
+    assert {type(value) for scores in report.cases.values() for value in scores.values()} == {int, float}
+
+
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
@@ -311,15 +317,15 @@ LOGITS, LABELS, PRESENT = single(6)
         ({"labels": torch.ones(6, 4)}, ValueError, r"\(B, 5\), but got .* \(6, 4\)"),
         ({"labels": torch.full((6,), -100)}, ValueError, "at least one row with a label .*, but got none of 6"),
         ({"logits": LOGITS[:0], "labels": LABELS[:0], "present": PRESENT[:0]}, ValueError, "but got none of 0"),
-        ({"present": PRESENT.int()}, TypeError, "`present` to be a bool tensor, but got torch.int32"),
+        ({"present": PRESENT.int()}, TypeError, "`present` to be a bool tensor.* but got torch.int32"),
         ({"present": PRESENT[:, :1]}, ValueError, r"`present` to be of shape \(B, 2\)"),
         ({"present": PRESENT[:5]}, ValueError, "one batch size, but got 6 rows of logits, 5 of `present`"),
         ({"modalities": ("image", "image")}, ValueError, "no name twice"),
     ],
 )
-def test_wrong_use(function, change, error, match):
+def test_wrong_use(change, error, match):
     with pytest.raises(error, match=match):
-        function(**{"logits": LOGITS, "labels": LABELS, "present": PRESENT, "modalities": NAMES, **change})
+        evaluate(**{"logits": LOGITS, "labels": LABELS, "present": PRESENT, "modalities": NAMES, **change})
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.1, math.nan])
@@ -328,14 +334,17 @@ def test_wrong_threshold(threshold):
         evaluate(LOGITS, LABELS, PRESENT, NAMES, threshold)
 
 
-def test_torchmetrics_is_needed_for_evaluate_only(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchmetrics.functional", None)
-    with pytest.raises(ImportError, match=r'pip install "protohead\[eval\]"'):
-        evaluate(LOGITS, LABELS, PRESENT, NAMES)
-    script = "import sys, protohead, protohead.metrics; assert 'torchmetrics' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], check=True)
-    script = "import sys, protohead; assert 'protohead.metrics' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], check=True)
+def test_torchmetrics_is_needed_for_evaluate_only():
+    """And `import protohead` needs neither this module nor those for experiments."""
+    loaded = [name for name in sys.modules if name.partition(".")[0] == "protohead"]
+    with mock.patch.dict(sys.modules, {"torchmetrics": None, "torchmetrics.functional": None}):
+        for name in loaded:
+            del sys.modules[name]
+        importlib.import_module("protohead")
+        assert not {f"protohead.{name}" for name in ("calibration", "metrics", "simulate", "tables")} & set(sys.modules)
+        metrics = importlib.import_module("protohead.metrics")
+        with pytest.raises(ImportError, match=r'pip install "protohead\[eval\]"'):
+            metrics.evaluate(LOGITS, LABELS, PRESENT, NAMES)
 
 
 # -- fit_temperature --------------------------------------------------------------------------------------------------
@@ -366,7 +375,7 @@ def test_known_temperatures_are_found(kind):
 
 
 @pytest.mark.parametrize("kind", [single, several])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_no_other_temperature_is_better(kind, seed):
     logits, labels, present = kind(seed=seed)
     for c, temperature in enumerate(fit_temperature(logits.half(), labels, present, NAMES).values()):
@@ -402,11 +411,11 @@ def test_rows_of_another_case_count_as_the_nearest():
 
 def test_folded_into_a_head_that_has_not_seen_every_case():
     generator = torch.Generator().manual_seed(0)
-    head = DecoupledPrototypeHead({"image": 8, "text": 8}, num_classes=4)
+    head = DecoupledPrototypeHead({"image": 8, "text": 8}, num_classes=4, cases="all")
     _, labels, present = single(classes=4)
     features = torch.eye(4)[labels].repeat(1, 4) + torch.randn(ROWS, 16, generator=generator)
     head.imprint(features, labels, present)
-    head.seen[1] = False
+    head.seen[1] = 0
     logits = head.eval()(features, present).detach()
     temperatures = fit_temperature(logits, labels, present, head.modalities, head.seen_cases)
     assert list(temperatures) == ["image+text", "text"]
@@ -438,6 +447,11 @@ def test_logits_that_say_nothing_keep_their_temperature(logits):
     assert set(fit_temperature(logits, torch.arange(30) % 3, present, NAMES).values()) == {1.0}
 
 
+def test_temperatures_need_what_evaluate_needs():
+    with pytest.raises(ValueError, match="finite logits, but row 0 has others"):
+        fit_temperature(LOGITS / 0, LABELS, PRESENT, NAMES)
+
+
 @pytest.mark.parametrize("cases", [[], ["audio"], ["text", "text"], ["text+image"]])
 def test_wrong_cases(cases):
     with pytest.raises(ValueError, match=r"`cases` to be among \('image.text', 'image', 'text'\), .*, but got \["):
@@ -463,10 +477,10 @@ def test_contributions_are_means_over_the_rows_of_a_class(kind, rows):
     features["image"][~present[:, 0]] = math.nan
     found = contributions_by_class(head, features, labels, present)
     added = head.contributions(features, present)
-    marks = labels == 1 if kind is several else labels[:, None] == torch.arange(CLASSES)
+    labelled = labels == 1 if kind is several else labels[:, None] == torch.arange(CLASSES)
     for k in range(CLASSES):
         for m in range(2):
-            at = marks[:, k] & present[:, m]
+            at = labelled[:, k] & present[:, m]
             assert found[k, m] == pytest.approx(added[at, m, k].double().mean().item(), abs=1e-5)
     assert found.shape == (CLASSES, 2)
     assert not found.requires_grad
@@ -493,9 +507,3 @@ def test_contributions_refuse_what_is_wrong():
         contributions_by_class(head, features, labels + 3)
     with pytest.raises(ValueError, match=r"\(B, 7\)"):
         contributions_by_class(head, features[:, :5], labels)
-
-
-def test_report_is_plain():
-    report = evaluate(LOGITS, LABELS, PRESENT, NAMES)
-    assert isinstance(report, Report)
-    assert {type(value) for scores in report.cases.values() for value in scores.values()} == {int, float}

@@ -11,7 +11,7 @@ from protohead.adapters import dcp, map, open_clip, transformers
 from protohead.adapters.probe import chosen_parameters, parameters_of, try_encoders
 from protohead.classifier import PrototypeClassifier
 from protohead.head import DecoupledPrototypeHead
-from protohead.inputs import check_count
+from protohead.options import check_count
 
 __all__ = ["attach", "replace_module"]
 
@@ -73,47 +73,31 @@ def attach(
             return attach_in_place(backbone, num_classes, prototype_weight, head_options)
     if prototype_weight is not None:
         raise ValueError(
-            "Expected `prototype_weight` for the modules of MAP and DCP only: in your own loop, give "
-            "it to `model.head.loss`, or in the `objective` of the model."
+            "Expected `prototype_weight` for the modules of MAP and DCP only: in your own loop, give it to "
+            "`model.loss`."
         )
     check_count("num_classes", num_classes)
-    for family in (open_clip, transformers):
-        if family.fits(backbone):
-            encoders, own = family.encoders(backbone)
-            named = list(backbone.named_parameters())
-            break
-    else:
-        if not isinstance(backbone, Mapping):
-            looked_for = "".join(f"\n- {family.LOOKED_FOR}" for family in (open_clip, transformers, map, dcp))
-            if isinstance(backbone, PrototypeClassifier):
-                hint = " It has a head: `model.head.reset(num_classes)` gives that other classes."
-            else:
-                hint = " A function that makes models may return more than the model." * isinstance(backbone, tuple)
-            raise TypeError(
-                f"Expected a backbone that `attach` knows, but got {type(backbone).__name__}.{hint} "
-                f"What was looked for:{looked_for}\n- any model: a mapping of modality name to encoder"
-            )
-        encoders, own = dict(backbone), None
-        named = [(f"{name}.{tail}", p) for name, x in encoders.items() for tail, p in parameters_of(x)]
-    given = head_options.pop("in_features", None)
-    if example is None and own is None and given is None:
+    encoders, own, named = _read_backbone(backbone)
+    in_features = head_options.pop("in_features", None)
+    if example is None and own is None and in_features is None:
         raise ValueError("Expected `in_features` or `example`, without which the encoders' widths are not known.")
     if lazy := [name for name, p in named if isinstance(p, nn.parameter.UninitializedParameter)]:
         raise ValueError(f"Expected parameters that have their shapes, but these wait for a first batch: {lazy}.")
-    widths, reached = given, {p for _, p in named if p.is_floating_point()}
-    if example is not None or own is not None:
+    widths, reached = in_features, {p for _, p in named if p.is_floating_point()}
+    if example is not None:
+        widths, reached = try_encoders(encoders, example, reached)
+    elif own is not None:
         try:
-            widths, reached = try_encoders(encoders, own if example is None else example, reached)
+            widths, reached = try_encoders(encoders, own, reached)
         except Exception as error:
-            if example is not None:
-                raise
             what = f"{type(backbone).__name__} cannot be tried on inputs made for it ({error}): give `example`."
             raise ValueError(what) from error
-        if given is not None and dict(given) != widths:
-            raise ValueError(f"Expected `in_features` to be {widths}, as the encoders return, but got {dict(given)}.")
-        widths = widths if given is None else dict(given)  # In the user's order, which is that of `present`.
+    if in_features is not None and dict(in_features) != widths:
+        raise ValueError(f"Expected `in_features` to be {widths}, as the encoders return, but got {dict(in_features)}.")
+    # In the user's order, which is that of `present`.
+    widths = dict(widths if in_features is None else in_features)
     chosen = chosen_parameters([trainable] if isinstance(trainable, str) else trainable, named, reached)
-    defaults = {"device": named[0][1].device if named else None}
+    defaults: dict[str, Any] = {"device": named[0][1].device if named else None}
     if own is not None:  # The towers of one model, trained together.
         defaults["shared_space"] = len(set(widths.values())) == 1
     head = DecoupledPrototypeHead(widths, num_classes, **{**defaults, **head_options})
@@ -121,6 +105,25 @@ def attach(
     for _, p in named:
         p.requires_grad_(p in chosen)
     return model.train()
+
+
+def _read_backbone(backbone: Any) -> tuple[Any, dict[str, Any] | None, list[tuple[str, nn.Parameter]]]:
+    """The encoders of a backbone; inputs of one row, where the family is known; and the named parameters."""
+    for family in (open_clip, transformers):
+        if family.fits(backbone):
+            return *family.encoders(backbone), list(backbone.named_parameters())
+    if isinstance(backbone, Mapping):
+        named = [(f"{name}.{tail}", p) for name, x in backbone.items() for tail, p in parameters_of(x)]
+        return dict(backbone), None, named
+    looked_for = "".join(f"\n- {family.LOOKED_FOR}" for family in (open_clip, transformers, map, dcp))
+    if isinstance(backbone, PrototypeClassifier):
+        hint = " It has a head: `model.head.reset(num_classes)` gives that other classes."
+    else:
+        hint = " A function that makes models may return more than the model." * isinstance(backbone, tuple)
+    raise TypeError(
+        f"Expected a backbone that `attach` knows, but got {type(backbone).__name__}.{hint} "
+        f"What was looked for:{looked_for}\n- any model: a mapping of modality name to encoder"
+    )
 
 
 def replace_module(model: nn.Module, path: str, head: nn.Module) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from protohead.adapters.map import find_classifier, install, read_batch, tell
+from protohead.adapters.map import add_rows, find_classifier, install, read_batch
 
 __all__ = ["LOOKED_FOR", "attach_dcp", "fits"]
 
@@ -50,8 +50,8 @@ def attach_dcp(
 
 
 def _infer(module: Any, task: str, batch: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """DCP's `infer`; its features tell the head about their rows."""
-    told = read_batch(module, task, batch)
+    """DCP's `infer`; its features have what the head needs to know about their rows."""
+    present, labels = read_batch(module, task, batch)
     result: dict[str, Any] = type(module).infer(module, batch, *args, **kwargs)
-    tell(result["cls_feats"], *told)
+    add_rows(result["cls_feats"], present, labels)
     return result

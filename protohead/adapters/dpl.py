@@ -65,6 +65,7 @@ def load_dpl(
     head = DecoupledPrototypeHead(
         {"image": width, "text": width},
         num_classes,
+        cases="all",
         scale=scale,
         margin=margin,
         shared_space=True,
@@ -76,7 +77,7 @@ def load_dpl(
         for slot, (modality, block) in SLOTS.items():
             matrix = state[names[slot]]
             head.prototypes[modality][block].copy_(matrix.T if transpose else matrix)
-    head.seen.fill_(True)
+    head.seen.fill_(1)
     return head
 
 

@@ -4,10 +4,8 @@ Nothing of MAP is imported: what has its attributes and calls is taken for it. W
 its training loop do stays theirs.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from numbers import Real
 from typing import Any
 
 import torch
@@ -16,12 +14,14 @@ from torch import Tensor, nn
 from protohead.cases import present_from_missing_type
 from protohead.head import DecoupledPrototypeHead
 from protohead.inputs import check_labels
+from protohead.objective import Objective
 
 __all__ = ["LOOKED_FOR", "TaskHead", "attach_map", "fits"]
 
 LOOKED_FOR = "MAP's ViLTransformerSS: a method `infer`, `transformer.norm`, and a classifier of its task"
 TASKS = ("hatememes", "food101", "mmimdb")
-PROTOTYPE_WEIGHT = 0.9
+# The paper's head: in MAP's own loop the classification loss is its own, which learns no center.
+PAPER = {"cases": "all", "scale": 32.0, "shared_space": True, "centered": False}
 
 
 class TaskHead(nn.Module):
@@ -48,13 +48,13 @@ class TaskHead(nn.Module):
         Raises:
             RuntimeError: If such features come in training mode, where the margins need labels.
         """
-        told = getattr(cls_feats, "_protohead_told", None)
-        if told is None and self.training:
+        rows = getattr(cls_feats, "_protohead_rows", None)
+        if rows is None and self.training:
             raise RuntimeError(
                 'Expected the tensor `infer(batch)["cls_feats"]` itself in training, but got features without their '
                 "missing types and labels."
             )
-        present, labels = told or (None, None)
+        present, labels = rows or (None, None)
         logits: Tensor = self.head(cls_feats, present, labels)
         return logits
 
@@ -82,8 +82,8 @@ def attach_map(
         num_classes: K, that of the old classifier.
         prototype_weight: λ. None is 0.9; of the 47 published runs that have the loss, 0.1, 0.6 and 0.9 are the most
             common (six each).
-        head_options: For :class:`~protohead.DecoupledPrototypeHead`; ``shared_space=True`` and, since MAP's own loop
-            has the paper's objective, ``centered=False`` by default.
+        head_options: For :class:`~protohead.DecoupledPrototypeHead`; by default those of the paper, since MAP's own
+            loop has its objective: ``cases="all", scale=32, centered=False, shared_space=True``.
 
     Returns:
         The same module.
@@ -100,7 +100,7 @@ def attach_map(
 
 def _infer(module: Any, task: str, batch: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
     """MAP's `infer`, with both CLS tokens as ``cls_feats``."""
-    told = read_batch(module, task, batch)
+    present, labels = read_batch(module, task, batch)
     outputs: list[Tensor] = []
     hook = module.transformer.norm.register_forward_hook(lambda _module, _args, output: outputs.append(output))
     try:
@@ -113,9 +113,9 @@ def _infer(module: Any, task: str, batch: Mapping[str, Any], *args: Any, **kwarg
         raise ValueError(f"Expected at least {texts} + {images} tokens after `transformer.norm`, but got {length}.")
     features = {"image": outputs[-1][:, first + texts], "text": outputs[-1][:, first]}
     modalities = getattr(module, f"{task}_classifier").head.modalities
-    present = told[0].to(outputs[-1].device)
-    rows = [torch.where(present[:, m, None], features[name], 0) for m, name in enumerate(modalities)]
-    result["cls_feats"] = tell(torch.cat(rows, dim=1), *told)
+    here = present.to(outputs[-1].device)
+    rows = [torch.where(here[:, m, None], features[name], 0) for m, name in enumerate(modalities)]
+    result["cls_feats"] = add_rows(torch.cat(rows, dim=1), present, labels)
     return result
 
 
@@ -137,7 +137,7 @@ def find_classifier(module: nn.Module) -> tuple[str, list[nn.Linear]]:
 
 
 def install(
-    module: nn.Module,
+    module: Any,
     task: str,
     infer: Callable[..., dict[str, Any]],
     width: int,
@@ -153,17 +153,13 @@ def install(
         raise ValueError(
             f"Expected argument `num_classes` to be {last.out_features} as in {name}, but got {num_classes}."
         )
-    weight = PROTOTYPE_WEIGHT if prototype_weight is None else prototype_weight
-    if not isinstance(weight, Real) or isinstance(weight, bool) or not 0 <= weight < math.inf:
-        raise ValueError(f"Expected argument `prototype_weight` to be a number of 0 or more, but got {weight!r}.")
+    objective = Objective() if prototype_weight is None else Objective(prototype_weight)
     if "infer" in vars(module):
         raise ValueError(f"Expected `infer` to be a method of {type(module).__name__}, but this module has its own.")
-    # In MAP's loop the classification loss is its own, which learns no center.
-    options = {"shared_space": True, "centered": False, **head_options}
-    options = {"device": last.weight.device, "dtype": last.weight.dtype, **options}
+    options = {**PAPER, "device": last.weight.device, "dtype": last.weight.dtype, **head_options}
     head = DecoupledPrototypeHead({"image": width, "text": width}, num_classes, **options)
 
-    setattr(module, name, TaskHead(head, float(weight)).train(old.training))
+    setattr(module, name, TaskHead(head, float(objective.prototype_weight)).train(old.training))
     # Partials of functions of this file, so that a copied or pickled module calls itself, not the original.
     module.infer = partial(infer, module, task)
     module.register_forward_hook(partial(_add_prototype_loss, task))
@@ -184,13 +180,13 @@ def read_batch(module: Any, task: str, batch: Mapping[str, Any]) -> tuple[Tensor
     return present, labels
 
 
-def tell(cls_feats: Tensor, present: Tensor, labels: Tensor | None) -> Tensor:
-    """The same features, carrying what :class:`TaskHead` needs to know about their rows."""
+def add_rows(cls_feats: Tensor, present: Tensor, labels: Tensor | None) -> Tensor:
+    """The same features, with what :class:`TaskHead` needs to know about their rows as an attribute."""
     if len(cls_feats) != len(present):
         raise ValueError(f"Expected one missing type a row, but got {len(present)} for {len(cls_feats)} rows.")
     device = cls_feats.device
-    told = present.to(device), None if labels is None else labels.to(device)
-    cls_feats._protohead_told = told  # type: ignore[attr-defined]
+    rows = present.to(device), None if labels is None else labels.to(device)
+    cls_feats._protohead_rows = rows  # type: ignore[attr-defined]
     return cls_feats
 
 

@@ -1,0 +1,185 @@
+"""The state of a head: how it is made, described, moved, written and checked. What it computes is in head.py."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from protohead.cases import case_names
+from protohead.options import check_count, check_names
+from protohead.prototypes import Prototypes
+from protohead.sharding import is_sharded
+
+__all__ = [
+    "arguments",
+    "before_load",
+    "check_checkpoint",
+    "check_same_head",
+    "description",
+    "forget",
+    "move_buffers",
+    "pack",
+    "register_buffers",
+    "set_classes",
+    "unpack",
+]
+
+# What the constructor needs; scale and margin are in the checkpoint as tensors.
+DESCRIPTION = ("in_features", "num_classes", "cases", "shared_space", "centered", "class_names")
+# What must agree. Where shapes do, other cases would be swapped in silence, and another loss be trained.
+MUST_AGREE = ("cases", "shared_space")
+# What the paper's head has not.
+LEARNED = ("bias", "center", "center_rows", "center_spread")
+
+
+def set_classes(
+    head: Any,
+    num_classes: int,
+    class_names: Sequence[str] | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """Give a head the parameters for so many classes, not yet drawn; what was frozen stays frozen."""
+    count, old = check_count("num_classes", num_classes), dict(head.named_parameters())
+    head.class_names, head.num_classes = check_names(class_names, count), count
+    blocks = {name: sum(name in case.split("+") for case in head.cases) for name in head.modalities}
+    head.prototypes = Prototypes(blocks, count, head.in_features, device, dtype)
+    bias = nn.Parameter(torch.empty(count, device=device, dtype=dtype)) if head.centered else None
+    head.register_parameter("bias", bias)
+    for name, parameter in head.named_parameters():
+        parameter.requires_grad_(name not in old or old[name].requires_grad)
+
+
+def register_buffers(head: Any, masks: Tensor, scales: list[float], margins: list[float]) -> None:
+    """Give a head its constants, and what it learns beside its parameters.
+
+    They are real even where the parameters are on the meta device, so that `to_empty` cannot lose them. Marks and
+    counts are no bools, which tools that average checkpoints cannot average.
+    """
+    parameter = next(head.parameters())
+    device = torch.device("cpu") if parameter.is_meta else parameter.device
+    tensor = partial(torch.tensor, dtype=_constant_dtype(device), device=device)
+    head.register_buffer("scale", tensor(scales))
+    head.register_buffer("margin", tensor(margins))
+    head.register_buffer("seen", tensor(masks.tolist()))
+    head.register_buffer("_masks", masks.long().to(device), persistent=False)
+    count = len(head.modalities)
+    widths = {"center": sum(head.in_features.values()), "center_rows": count, "center_spread": count}
+    for name, width in widths.items():
+        head.register_buffer(name, tensor([0.0] * width) if head.centered else None)
+
+
+@torch.no_grad()
+def forget(head: Any) -> None:
+    """Set to zero what training has left beside the prototypes."""
+    for x in (head.bias, head.center, head.center_rows, head.center_spread, head.seen):
+        if x is not None:
+            x.zero_()
+
+
+def move_buffers(head: nn.Module) -> None:
+    """Let the buffers follow the parameters to their device, or into shared memory; their dtype stays."""
+    parameter = next(head.parameters())
+    if parameter.is_meta:
+        return
+    for name, value in list(head.named_buffers(recurse=False)):
+        dtype = _constant_dtype(parameter.device) if value.is_floating_point() else value.dtype
+        moved = value.to(parameter.device, dtype)
+        head._buffers[name] = moved.share_memory_() if parameter.is_shared() else moved
+
+
+def _constant_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64.
+
+
+def arguments(head: Any) -> str:
+    """The arguments that make a head, for its repr."""
+    numbers = [dict(zip(head.cases, values.tolist(), strict=True)) for values in (head.scale, head.margin)]
+    scale, margin = (next(iter(x.values())) if len({*x.values()}) == 1 else x for x in numbers)
+    every = case_names(head.modalities)
+    cases = "shared" if head.cases == every[:1] else "all" if head.cases == every else list(head.cases)
+    names = f", class_names={list(head.class_names)}" if head.class_names else ""
+    return (
+        f"{head.in_features}, num_classes={head.num_classes}, cases={cases!r}, scale={scale}, margin={margin}, "
+        f"shared_space={head.shared_space}, centered={head.centered}{names}"
+    )
+
+
+def description(head: nn.Module) -> dict[str, Any]:
+    """What makes a head of this kind, in the types of JSON."""
+    return {key: list(x) if isinstance(x := getattr(head, key), tuple) else x for key in DESCRIPTION}
+
+
+def pack(config: Mapping[str, Any]) -> Tensor:
+    """JSON as a tensor, since safetensors holds nothing else; of floats, so that tools which average can average it."""
+    return torch.tensor(list(json.dumps(config).encode()), dtype=torch.float32, device="cpu")
+
+
+def unpack(state: Any) -> dict[str, Any]:
+    """The inverse of :func:`pack`, also of an average of equals.
+
+    Raises:
+        ValueError: If this is anything else.
+    """
+    try:
+        config = json.loads(bytes(state.double().round().long().tolist()).decode())
+        if not isinstance(config, dict) or not set(MUST_AGREE) <= set(config):
+            raise ValueError(f"Expected an object with {MUST_AGREE}.")
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"Expected the description of a head in `_extra_state`, but it cannot be read: {error}"
+        ) from None
+    return config
+
+
+def check_same_head(config: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuse what describes another head.
+
+    Raises:
+        ValueError: If the cases, whether there is a shared space, or the class names are others.
+    """
+    for key in (*MUST_AGREE, "class_names"):
+        theirs, ours = config.get(key), own.get(key)
+        both_named = theirs is not None and ours is not None
+        if theirs != ours and (both_named or key in MUST_AGREE):
+            raise ValueError(f"Expected a checkpoint of a head with {key}={ours}, but got one with {theirs}.")
+
+
+def check_checkpoint(state: Mapping[str, Any], own: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuse the checkpoint of another head, and one with values that no head has.
+
+    Args:
+        state: A state_dict.
+        own: The description of the head that is to load it.
+        prefix: Before the head's names in it.
+
+    Raises:
+        ValueError: If it is of a head with other cases, or a weight, scale or margin cannot be right.
+    """
+    if (extra := state.get(f"{prefix}_extra_state")) is not None:
+        check_same_head(unpack(extra), own)
+    for name, x in state.items():
+        tail = name.removeprefix(prefix)
+        known = tail.startswith("prototypes.") or tail in (*LEARNED, "seen")
+        if not name.startswith(prefix) or not isinstance(x, Tensor) or x.is_meta or is_sharded(x):
+            continue
+        if known and x.is_floating_point() and not x.isfinite().all():
+            raise ValueError(f"Expected finite numbers in {name!r} of the checkpoint, but it has others.")
+        if tail == "scale" and not ((x > 0) & (x < math.inf)).all():
+            raise ValueError(f"Expected positive numbers in {name!r} of the checkpoint, but got {x.tolist()}.")
+        if tail == "margin" and not ((x >= 0) & (x < math.pi)).all():
+            raise ValueError(f"Expected numbers in [0, pi) in {name!r} of the checkpoint, but got {x.tolist()}.")
+
+
+def before_load(head: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before anything of a checkpoint is copied: refuse it, or add the zeros that the paper's head has not."""
+    check_checkpoint(state, description(head), prefix)
+    scale = state.get(f"{prefix}scale")  # Without it the checkpoint is not of a head at all.
+    if head.centered and scale is not None and not any(f"{prefix}{name}" in state for name in LEARNED):
+        for name in LEARNED:
+            own: Any = getattr(head, name)
+            state[f"{prefix}{name}"] = torch.zeros_like(own, device=scale.device if own.is_meta else None)

@@ -1,0 +1,23 @@
+"""The two roads of the formulas: rows by block, as on the CPU in eager mode; every block, as on devices and in graphs."""
+
+from contextlib import contextmanager, nullcontext
+
+import pytest
+
+# Heads that are scored before they are trained, or trained through their logits, on purpose.
+UNTRAINED = [
+    pytest.mark.filterwarnings("ignore:This head is in eval mode, but no training has seen any case"),
+    pytest.mark.filterwarnings("ignore:This head is trained through its logits, but its center"),
+]
+
+
+@contextmanager
+def every_block():
+    """Multiply every block, and read no values."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("cases", "center", "functional", "head", "inputs", "objective"):
+            patch.setattr(f"protohead.{module}.is_readable", lambda _: False)
+        yield
+
+
+BOTH_ROADS = pytest.mark.parametrize("road", [nullcontext, every_block], ids=["rows by block", "every block"])
