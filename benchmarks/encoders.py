@@ -36,6 +36,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     clip = open_clip.create_model(arguments.model, device=device)
     model = attach(clip, num_classes=101).eval()
+    model.head.seen.fill_(1)  # As if it were trained.
     size = clip.visual.image_size
     height, width = (size, size) if isinstance(size, int) else size
     inputs = {

@@ -18,6 +18,7 @@ COLOURS = {"red": (205, 60, 50), "blue": (50, 80, 205)}
 SHAPES = ("circle", "square", "triangle")
 CLASSES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 GREY = (120, 120, 120)
+PAPER = bytes(170 + 86 * value // 256 for value in range(256))  # Of random bytes light ones.
 
 
 class Row(NamedTuple):
@@ -60,7 +61,7 @@ def write(rows: list[Row], folder: Path) -> Path:
 
 
 def _picture(shape: str, colour: tuple[int, int, int], rng: random.Random, size: int) -> Image.Image:
-    picture = Image.frombytes("RGB", (size, size), bytes(rng.randrange(170, 256) for _ in range(3 * size * size)))
+    picture = Image.frombytes("RGB", (size, size), rng.randbytes(3 * size * size).translate(PAPER))
     x, y, r = (rng.uniform(low, high) * size for low, high in ((0.4, 0.6), (0.4, 0.6), (0.25, 0.35)))
     brush, box = ImageDraw.Draw(picture), (x - r, y - r, x + r, y + r)
     fill = (*(max(0, min(255, channel + rng.randrange(-30, 31))) for channel in colour),)

@@ -46,8 +46,8 @@ class PrototypeClassifier(nn.Module):
         >>> inputs = {"image": torch.randn(2, 8), "text": [None, torch.randn(6)]}  # row 0 has no text
         >>> model(inputs).shape
         torch.Size([2, 5])
-        >>> model.head.seen_cases
-        ('image+text', 'image')
+        >>> model.head.seen.tolist()  # rows with an image, rows with a text
+        [[2.0, 1.0]]
     """
 
     def __init__(self, encoders: Mapping[str, Encoder] | Encoder, head: DecoupledPrototypeHead) -> None:

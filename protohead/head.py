@@ -24,7 +24,7 @@ __all__ = ["DecoupledPrototypeHead"]
 
 
 class DecoupledPrototypeHead(nn.Module):
-    """Classify by class prototypes of each modality and missing case (Decoupled Prototype Learning, arXiv 2505.08283).
+    """Classify by class prototypes of each modality and missing case: DPL, arXiv 2505.08283.
 
     Takes the place of a model's last fully-connected layer. The logit of class k for a row whose present modalities
     are the case c is ``scale[c] / |c| * sum(cos(h[m] - center[m], prototypes[m][c, k]) for m in c) + bias[k]``,
@@ -41,7 +41,7 @@ class DecoupledPrototypeHead(nn.Module):
         shared_space: Whether the modalities share one embedding space, as CLIP's do. Then the prototype loss also
             contrasts prototypes of different modalities.
         centered: Whether there are a center and a bias. They start at zero and are learned by :meth:`loss`.
-        class_names: K names, kept with the head and in its checkpoints.
+        class_names: K names, kept in checkpoints.
         device: Of the parameters.
         dtype: Of the parameters.
 

@@ -28,12 +28,10 @@ class Prototypes(nn.ParameterDict):
         for name in in_features:
             if hasattr(nn.ParameterDict(), name):
                 raise ValueError(f"Expected a modality name that nn.ParameterDict can hold, but got {name!r}.")
-        super().__init__(
-            {
-                name: nn.Parameter(torch.empty(blocks[name], num_classes, width, device=device, dtype=dtype))
-                for name, width in in_features.items()
-            }
-        )
+        super().__init__()
+        for name, width in in_features.items():  # One by one: ParameterDict would sort the names.
+            shape = blocks[name], num_classes, width
+            self[name] = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
     __call__ = nn.Module.__call__  # ParameterDict refuses to be called.
 

@@ -11,27 +11,37 @@ from torch import nn
 
 from protohead import DecoupledPrototypeHead, PrototypeClassifier, attach, replace_module
 
+# Most of these heads are scored as they were made, or trained through their logits.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This head is in eval mode"),
+    pytest.mark.filterwarnings("ignore:This head is trained through its logits"),
+]
+
 PRESENT = torch.tensor([[True, True], [True, False], [False, True]])
 
-# The small ones of each kind: towers of open_clip's own (ViT, ResNet), of timm (ConvNeXt, EVA, ViTamin, FastViT, PE),
+# The small ones of each kind: towers of open_clip's own (ViT, ResNet), of timm (ConvNeXt, ViTamin, FastViT, PE),
 # CLIP, CustomTextCLIP (SigLIP among them) and CoCa.
 OPEN_CLIP = {
     "ViT-S-32": 384,
-    "ViT-M-32-alt": 384,
-    "ViT-B-32-quickgelu": 512,
     "RN50": 1024,
     "convnext_tiny": 1024,
     "vit_medium_patch16_gap_256": 512,
-    "vit_relpos_medium_patch16_cls_224": 512,
-    "EVA02-B-16": 512,
     "MobileCLIP-S1": 512,
-    "MobileCLIP2-S0": 512,
     "ViTamin-S": 384,
     "PE-Core-T-16-384": 512,
     "ViT-B-16-SigLIP": 768,
     "coca_ViT-B-32": 512,
 }
 NEVER_REACHED = ("logit_scale", "logit_bias", "text_decoder.")
+
+
+def create(name, **options):
+    """The model with two layers where it says how many."""
+    config = open_clip.get_model_config(name)
+    for part in ("vision_cfg", "text_cfg", "multimodal_cfg"):
+        if isinstance(config.get(part, {}).get("layers"), int):
+            options[part] = {**config[part], "layers": 2}
+    return open_clip.create_model(name, **options)
 
 
 def inputs_of(clip, rows=3):
@@ -44,7 +54,7 @@ def inputs_of(clip, rows=3):
 
 @pytest.mark.parametrize("name", OPEN_CLIP)
 def test_open_clip(name):
-    clip = open_clip.create_model(name)
+    clip = create(name)
     before = {key: value.clone() for key, value in clip.state_dict().items()}
     model = attach(clip, 5, trainable="*")
     assert model.head.in_features == {"image": OPEN_CLIP[name], "text": OPEN_CLIP[name]}
@@ -66,7 +76,7 @@ def test_open_clip(name):
 
 
 def test_open_clip_trains_what_the_papers_train(tmp_path):
-    clip = open_clip.create_model("ViT-S-32")
+    clip = create("ViT-S-32")
     twin = copy.deepcopy(clip)
     model = attach(clip, 5, trainable=("visual.proj", "*ln_post*", "ln_final.*"))
     names = [name for name, p in clip.named_parameters() if p.requires_grad]
@@ -95,29 +105,29 @@ def test_open_clip_trains_what_the_papers_train(tmp_path):
     other.load(tmp_path / "model.safetensors")
     torch.testing.assert_close(other.eval()(inputs, PRESENT), model(inputs, PRESENT))
     with pytest.raises(ValueError, match="frozen weights"):
-        attach(open_clip.create_model("ViT-S-32"), 5).load(tmp_path / "model.safetensors")
+        attach(create("ViT-S-32"), 5).load(tmp_path / "model.safetensors")
 
 
 def test_frozen_by_default_and_in_eval_mode():
-    clip = open_clip.create_model("RN50")  # batch norms
+    clip = create("RN50")  # batch norms
     model = attach(clip, 5, margin=0.3)
     assert not any(p.requires_grad for p in clip.parameters())
     assert not any(m.training for m in clip.modules())
     assert model.training
     assert model.head.training
-    assert model.head.margin.tolist() == [0.3] * 3
+    assert model.head.margin.tolist() == [0.3]
     before = {key: value.clone() for key, value in clip.state_dict().items()}
     model(inputs_of(clip), PRESENT, torch.tensor([0, 1, 2])).sum().backward()
     torch.testing.assert_close(dict(clip.state_dict()), before, rtol=0, atol=0)
 
 
 def test_rectangular_pictures():
-    model = attach(open_clip.create_model("ViT-S-32", force_image_size=(64, 96)), 5)
+    model = attach(create("ViT-S-32", force_image_size=(64, 96)), 5)
     assert model.head.in_features == {"image": 384, "text": 384}
 
 
 def test_the_users_order_of_modalities():
-    clip = open_clip.create_model("ViT-S-32")
+    clip = create("ViT-S-32")
     model = attach(clip, 5, in_features={"text": 384, "image": 384}).eval()
     assert model.head.modalities == ("text", "image")
     inputs = inputs_of(clip)
@@ -131,7 +141,7 @@ def test_the_users_order_of_modalities():
 
 def test_class_names_as_prototypes():
     torch.manual_seed(0)
-    clip = open_clip.create_model("ViT-S-32").eval()
+    clip = create("ViT-S-32").eval()
     model = attach(clip, 3)
     prompts = torch.randint(1, 1000, (6, clip.context_length))  # two templates of three names
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -145,11 +155,11 @@ def test_class_names_as_prototypes():
         # As open_clip's own recipe has it: the normalised mean of a class's normalised templates.
         weights = F.normalize(F.normalize(names, dim=1).view(2, 3, -1).mean(0), dim=1)
         expected = F.normalize(clip.encode_image(inputs["image"]), dim=1) @ weights.T
-    torch.testing.assert_close(logits, 32 * expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(logits, 20 * expected, atol=1e-4, rtol=1e-5)
 
 
 def test_half_precision_and_gradient_checkpointing_of_open_clip():
-    clip = open_clip.create_model("ViT-S-32", precision="bf16")
+    clip = create("ViT-S-32", precision="bf16")
     clip.set_grad_checkpointing()
     model = attach(clip, 5, trainable="visual.proj")
     inputs = inputs_of(clip)
@@ -161,7 +171,7 @@ def test_half_precision_and_gradient_checkpointing_of_open_clip():
 
 def test_on_the_meta_device():
     with torch.device("meta"):
-        clip = open_clip.create_model("ViT-S-32", device="meta")
+        clip = create("ViT-S-32", device="meta")
     model = attach(clip, 5)
     assert model.head.in_features == {"image": 384, "text": 384}
     assert all(p.is_meta for p in model.parameters())
@@ -593,7 +603,7 @@ def test_an_object_that_fits_none_is_told_what_was_looked_for():
 
 
 def test_what_is_not_quite_a_backbone():
-    clip = open_clip.create_model("ViT-S-32")
+    clip = create("ViT-S-32")
     with pytest.raises(TypeError, match=r"but got PrototypeClassifier. It has a head: `model.head.reset"):
         attach(attach(clip, 5), 7)
     with pytest.raises(TypeError, match=r"but got tuple. A function that makes models may return more"):

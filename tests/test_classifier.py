@@ -13,6 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from protohead import DecoupledPrototypeHead, PrototypeClassifier
 
+# Most of these heads are scored as they were made, or trained through their logits.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:This head is in eval mode"),
+    pytest.mark.filterwarnings("ignore:This head is trained through its logits"),
+]
+
 PRESENT = torch.tensor([[True, True], [True, False], [False, True], [True, True], [False, False], [False, True]])
 LABELS = torch.tensor([0, 1, 2, 0, 1, -100])
 
@@ -48,7 +54,7 @@ class TwoTowers(nn.Module):
 
 def build(**options):
     torch.manual_seed(0)
-    head = DecoupledPrototypeHead({"image": 5, "text": 4}, 3, **options)
+    head = DecoupledPrototypeHead({"image": 5, "text": 4}, 3, **{"cases": "all", **options})
     return PrototypeClassifier({"image": Counting(7, 5), "text": Counting(6, 4)}, head)
 
 
@@ -412,11 +418,11 @@ def other_classes(model):
 
 
 def other_head(model):
-    model.head = DecoupledPrototypeHead({"image": 5, "text": 4}, 3, cases=["image+text", "image", "text"][:1])
+    model.head = DecoupledPrototypeHead({"image": 5, "text": 4}, 3, cases="shared")
 
 
 def swapped_head(model):
-    model.head = DecoupledPrototypeHead({"text": 4, "image": 5}, 3)
+    model.head = DecoupledPrototypeHead({"text": 4, "image": 5}, 3, cases="all")
 
 
 def other_encoder(model):
@@ -428,8 +434,8 @@ def other_encoder(model):
     [
         (other_weights, r"frozen weights .* 1 of 6 are others: 'encoders.text.layers.0.weight'"),
         (other_classes, r"'head.bias' of shape \(4,\), but got \(3,\)"),
-        (other_head, r"cases \('image\+text',\), but got one with \('image\+text', 'image', 'text'\)"),
-        (swapped_head, r"cases \('text\+image'"),
+        (other_head, r"cases=\['image\+text'\], but got one with \['image\+text', 'image', 'text'\]"),
+        (swapped_head, r"cases=\['text\+image'"),
         (other_encoder, r"also holds 'encoders.image.layers.2.bias'"),
     ],
 )
@@ -506,7 +512,12 @@ BOTH = torch.ones(2, 2, dtype=torch.bool)
         ({"image": IMAGE}, BOTH[:1], ValueError, "'image': 2, 'present': 1"),
         ({"image": IMAGE}, BOTH, ValueError, "'text', which `present` says that row 0 has; got none"),
         ({"image": IMAGE, "text": [TEXT[0], None]}, BOTH, ValueError, "'text', which .* row 1 has; got none"),
-        ({"image": IMAGE, "text": TEXT}, BOTH.long(), TypeError, "bool tensor, but got torch.int64"),
+        (
+            {"image": IMAGE, "text": TEXT},
+            BOTH.long(),
+            TypeError,
+            "bool tensor, or columns by name, but got torch.int64",
+        ),
         ({"image": IMAGE, "text": TEXT}, BOTH[:, :1], ValueError, r"\(B, 2\)"),
         ({"image": IMAGE, "text": "ab"}, None, TypeError, "'text' to be a tensor, .*, but got str"),
         ({"image": IMAGE, "text": {}}, None, TypeError, "but got dict"),

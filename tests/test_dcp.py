@@ -11,6 +11,9 @@ from torch import nn
 
 from protohead.adapters.dcp import attach_dcp, fits
 
+# Most of these heads are scored as they were made.
+pytestmark = pytest.mark.filterwarnings("ignore:This head is in eval mode")
+
 
 def dcp_model(task="hatememes", weight=0.5, **head_options):
     torch.manual_seed(0)
@@ -24,7 +27,7 @@ def head_of(module, task="hatememes"):
 
 
 def expected_logits(module, batch, task, with_labels):
-    """One row at a time, through a head that is told what is present by hand; the towers' features are not zeroed."""
+    """One row at a time, through a head that is given the mask by hand; the towers' features are not zeroed."""
     head = copy.deepcopy(head_of(module, task))
     features = module.model(batch["image"][0], batch["text"][0], batch["missing_type"])
     rows = []
@@ -74,7 +77,7 @@ def test_trains():
     assert {name for name, p in module.named_parameters() if p.requires_grad} == changed
 
 
-def test_what_was_told_belongs_to_one_batch():
+def test_masks_and_labels_belong_to_one_batch():
     module = dcp_model("food101").eval()
     classifier = module.food101_classifier
     first, second = dcp_batch("food101"), dcp_batch("food101", [2.0, 2.0, 1.0, 1.0, 0.0, 0.0], seed=1)
@@ -82,7 +85,7 @@ def test_what_was_told_belongs_to_one_batch():
     both = [module.infer(batch)["cls_feats"] for batch in (first, second)]
     for logits, features in zip(alone, both, strict=True):
         torch.testing.assert_close(classifier(features), logits)
-        torch.testing.assert_close(classifier(features.clone()), logits)  # Untold: zeros are missing.
+        torch.testing.assert_close(classifier(features.clone()), logits)  # No mask: zeros are missing.
 
 
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])

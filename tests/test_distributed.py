@@ -17,6 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from protohead import DecoupledPrototypeHead, PrototypeClassifier
 
+# Many of these heads are trained through their logits.
+pytestmark = pytest.mark.filterwarnings("ignore:This head is trained through its logits")
+
 STEPS = 3
 WEIGHT = 0.9
 # Rank 0 has the first half of the rows. "apart": it only sees rows without text, rank 1 only rows without an image.
@@ -60,7 +63,7 @@ class TwoTowers(nn.Module):
 def build(kind="plain", **options):
     torch.manual_seed(0)
     two = TwoTowers(kind == "checkpoint").double()
-    head = DecoupledPrototypeHead({"image": 4, "text": 3}, 3, dtype=torch.float64, **options)
+    head = DecoupledPrototypeHead({"image": 4, "text": 3}, 3, dtype=torch.float64, **{"cases": "all", **options})
     if kind == "frozen":
         for part in (two.visual.stem, two.language):
             part.requires_grad_(False)
@@ -205,13 +208,13 @@ def checkpoints(rank, strategy, folder):
 
 def refused(rank):
     """Error messages, by what was tried."""
-    told = {}
+    errors = {}
 
     def attempt(name, call, *args):
         try:
             call(*args)
         except (RuntimeError, ValueError) as error:
-            told[name] = str(error)
+            errors[name] = str(error)
 
     for strategy in ("head", "root"):
         model, two = build()
@@ -238,13 +241,13 @@ def refused(rank):
     model, two = build()
     two.visual.block.append(nn.SyncBatchNorm(6))  # DDP would take it on a GPU only.
     attempt("synced", model, *data("tensor", "nothing", 0, HALVES[1])[:2])
-    return told
+    return errors
 
 
 def deferred(rank):
     """Prototypes of a head that was sharded on the meta device."""
     torch.manual_seed(0)
-    head = fully_shard(DecoupledPrototypeHead({"image": 400, "text": 300}, 10, device="meta"))
+    head = fully_shard(DecoupledPrototypeHead({"image": 400, "text": 300}, 10, cases="all", device="meta"))
     head.to_empty(device="cpu").reset_parameters()
     assert not whole(head.bias).any()
     return [whole(p).detach() for p in head.prototypes.values()]
@@ -332,7 +335,7 @@ def test_the_head_alone(results, strategy):
     expected = head_alone(None, strategy)
     for got in results("head", strategy):
         assert_same(got, expected)
-        assert got["seen"].tolist() == [[True, True], [True, False]]
+        assert (got["seen"] > 0).tolist() == [[True, True], [True, False]]
 
 
 @pytest.mark.parametrize("strategy", ["root", "head"])
@@ -360,7 +363,7 @@ def test_checkpoints(results, folder, strategy):
 
 
 def test_what_cannot_be_done_says_so(results):
-    for told in results("refused"):
+    for errors in results("refused"):
         for method, strategy in (
             ("imprint", "head"),
             ("imprint", "root"),
@@ -368,11 +371,13 @@ def test_what_cannot_be_done_says_so(results):
             ("reset", "root"),
             ("reset_parameters", "root"),
         ):
-            assert told.pop(f"{method} {strategy}").startswith(f"Expected `{method}` before `fully_shard`")
-        assert told.pop("second backward").startswith("Expected one backward pass through the sum")
-        assert told.pop("list").startswith("Expected inputs of 'image' as tensors although no row of this rank has it")
-        assert told.pop("synced").startswith("Expected rows with 'image' on every rank")
-        assert not told
+            assert errors.pop(f"{method} {strategy}").startswith(f"Expected `{method}` before `fully_shard`")
+        assert errors.pop("second backward").startswith("Expected one backward pass through the sum")
+        assert errors.pop("list").startswith(
+            "Expected inputs of 'image' as tensors although no row of this rank has it"
+        )
+        assert errors.pop("synced").startswith("Expected rows with 'image' on every rank")
+        assert not errors
 
 
 def test_a_head_that_was_sharded_on_the_meta_device_is_drawn_as_any(results):

@@ -338,21 +338,23 @@ def contrast_inputs(blocks=3, classes=5):
     return prototypes, seen
 
 
+@BOTH_ROADS
 @pytest.mark.parametrize("shared_space", [False, True])
-def test_prototype_loss_in_chunks(monkeypatch, shared_space):
+def test_prototype_loss_in_chunks(monkeypatch, shared_space, road):
     prototypes, seen = contrast_inputs()
     expected = prototype_contrast(prototypes, seen, shared_space, 0.5)
     gradients = torch.autograd.grad(expected, prototypes)
-    monkeypatch.setattr("protohead.functional.CHUNK", 100)  # 3 to 6 anchors of 15 or 30 at a time.
+    monkeypatch.setattr("protohead.functional.CHUNK", 60)  # 2 to 6 anchors of 10 to 30 at a time.
     held = []
     inner = torch.Tensor.logsumexp
     monkeypatch.setattr(torch.Tensor, "logsumexp", lambda x, dim: held.append(x.numel()) or inner(x, dim))
-    loss = prototype_contrast(prototypes, seen, shared_space, 0.5)
+    with road():
+        loss = prototype_contrast(prototypes, seen, shared_space, 0.5)
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
     for a, b in zip(torch.autograd.grad(loss, prototypes), gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     assert len(held) >= 6
-    assert max(held) <= 100
+    assert max(held) <= 60
 
 
 @pytest.mark.parametrize("sample", [None, 2])
@@ -362,7 +364,11 @@ def test_prototype_loss_counts_the_same_anchors_on_both_roads(shared_space, samp
     prototypes, seen = contrast_inputs()
     with torch.no_grad():
         prototypes[0][0, 1] = 0
-    for patterns in (seen, [torch.tensor([True, True, True]), torch.tensor([False, True, False])], [seen[0] & False] * 2):
+    for patterns in (
+        seen,
+        [torch.tensor([True, True, True]), torch.tensor([False, True, False])],
+        [seen[0] & False] * 2,
+    ):
         results = []
         for road in (nullcontext, every_block):
             torch.manual_seed(1)

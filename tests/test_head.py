@@ -1,14 +1,15 @@
 """What holds for every head: invariants, edge cases, fall-back, imprinting."""
 
-from functools import partial
-
 import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from roads import BOTH_ROADS, UNTRAINED
 from test_formula import every_case, make
 
 from protohead import DecoupledPrototypeHead
+
+pytestmark = UNTRAINED
 
 
 def gradients(head, features, present, labels, autocast=None):
@@ -134,7 +135,7 @@ def test_ignored_labels_have_no_margin_and_no_gradient():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_finite_at_the_ends_of_the_cosine(dtype, autocast, sign, kind):
     torch.manual_seed(0)
-    head = DecoupledPrototypeHead({"image": 64, "text": 64}, 3, shared_space=True, dtype=dtype)
+    head = DecoupledPrototypeHead({"image": 64, "text": 64}, 3, cases="all", shared_space=True, dtype=dtype)
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2])
     present = torch.tensor([[True, True], [True, False], [False, True]]).repeat_interleave(3, 0)
     rows = {
@@ -185,7 +186,7 @@ def test_half_precision_features_and_parameters(dtype):
 
 def test_zero_rows_and_zero_prototypes_have_finite_gradients():
     for dtype in (torch.float16, torch.float32, torch.float64):
-        head = DecoupledPrototypeHead({"image": 8, "text": 8}, 3, dtype=dtype)
+        head = DecoupledPrototypeHead({"image": 8, "text": 8}, 3, cases="all", dtype=dtype)
         with torch.no_grad():
             head.prototypes["image"][:, 0] = 0
         x = torch.zeros(4, 16, dtype=dtype, requires_grad=True)
@@ -258,34 +259,34 @@ def test_declared_cases_fall_back_in_training_too():
     assert head.seen_cases == ("a+b",)
 
 
-@pytest.mark.parametrize("grouped", [True, False])
-@pytest.mark.parametrize("cases", [None, ["a+b"], ["a+b", "b"]])
-def test_a_modality_that_was_never_trained_says_nothing(cases, grouped, monkeypatch):
-    monkeypatch.setattr("protohead.head._reads_values", lambda _: grouped)
+@BOTH_ROADS
+@pytest.mark.parametrize("cases", ["all", "shared", ["a+b", "b"]])
+def test_a_modality_that_was_never_trained_says_nothing(cases, road):
     torch.manual_seed(0)
-    head = DecoupledPrototypeHead({"a": 5, "b": 3}, 4, cases=cases, shared_space=False, dtype=torch.float64)
+    head = DecoupledPrototypeHead({"a": 5, "b": 3}, 4, cases=cases, dtype=torch.float64)
     x = torch.randn(3, 8, dtype=torch.float64)
     only_a = torch.tensor([[True, False]] * 3)
-    head(x, only_a)
-    assert head.seen_cases == ("a" if cases is None else "a+b",)
-    head.eval()
-    torch.testing.assert_close(head(x, torch.ones(3, 2, dtype=torch.bool)), head(x, only_a))
-    torch.testing.assert_close(head.contributions(x).sum(2)[:, 1], torch.zeros(3, dtype=torch.float64))
-    assert not head(x, ~only_a).any()
-    head.prototype_loss().backward()
-    assert not head.prototypes["b"].grad.any()
-    head.train()(x, ~only_a)
-    assert head.eval()(x, ~only_a).any(1).all()
+    with road():
+        head(x, only_a)
+        assert head.seen_cases == ("a" if cases == "all" else "a+b",)
+        head.eval()
+        torch.testing.assert_close(head(x, torch.ones(3, 2, dtype=torch.bool)), head(x, only_a))
+        torch.testing.assert_close(head.contributions(x).sum(2)[:, 1], torch.zeros(3, dtype=torch.float64))
+        assert not head(x, ~only_a).any()
+        head.prototype_loss().backward()
+        assert not head.prototypes["b"].grad.any()
+        head.train()(x, ~only_a)
+        assert head.eval()(x, ~only_a).any(1).all()
 
 
 def test_imprint_of_one_modality():
-    head = DecoupledPrototypeHead({"a": 5, "b": 3}, 4, cases="a+b")
+    head = DecoupledPrototypeHead({"a": 5, "b": 3}, 4)
     with pytest.warns(UserWarning, match="has 'a'"):
         head.imprint({"b": torch.randn(4, 3)}, torch.arange(4))
     x, there = torch.randn(3, 8), torch.ones(3, 2, dtype=torch.bool)
     there[1, 1] = False
     assert head.seen_cases == ("a+b",)
-    expected = 32 * F.cosine_similarity(x[:, None, 5:], head.prototypes["b"], dim=2)
+    expected = 20 * F.cosine_similarity(x[:, None, 5:], head.prototypes["b"], dim=2)
     expected[1] = 0
     torch.testing.assert_close(head.eval()(x, there), expected)
 
@@ -370,110 +371,71 @@ def test_imprint_says_which_classes_it_has_no_rows_for():
 
 def test_initialisation_is_xavier_normal_per_block():
     torch.manual_seed(0)
-    head = DecoupledPrototypeHead({"image": 300, "text": 100}, 50)
+    head = DecoupledPrototypeHead({"image": 300, "text": 100}, 50, cases="all")
     for name, width in head.in_features.items():
         for block in head.prototypes[name]:
             assert block.std().item() == pytest.approx((2 / (50 + width)) ** 0.5, rel=0.03)
 
 
-def test_defaults_are_those_of_the_paper():
-    head = DecoupledPrototypeHead({"image": 4, "text": 4}, 3)
-    assert head.scale.tolist() == [32.0, 32.0, 32.0]
-    assert head.margin.tolist() == [0.10, 0.15, 0.15]
-    head = DecoupledPrototypeHead({"image": 4, "text": 4}, 3, margin={"text": 0.2, "image": 0.3, "image+text": 0.1})
-    assert head.margin.tolist() == [0.1, 0.3, 0.2]
+def test_defaults():
+    widths = {"image": 4, "text": 4}
+    head = DecoupledPrototypeHead(widths, 3)
+    assert head.cases == ("image+text",)
+    assert (head.scale.tolist(), head.margin.tolist(), head.centered) == ([20.0], [0.10], True)
+    paper = DecoupledPrototypeHead(widths, 3, cases="all", scale=32, centered=False)
+    assert paper.scale.tolist() == [32.0, 32.0, 32.0]
+    assert paper.margin.tolist() == [0.10, 0.15, 0.15]
+    margin = {"text": 0.2, "image": 0.3, "image+text": 0.1}
+    assert DecoupledPrototypeHead(widths, 3, cases="all", margin=margin).margin.tolist() == [0.1, 0.3, 0.2]
 
 
-def in_place(head):
-    with torch.no_grad():
-        head.prototypes["text"][0, 1] *= torch.linspace(0.1, 3, 6)
-
-
-def one_number(head):
-    with torch.no_grad():
-        head.prototypes["text"][0, 1, 3] *= 7
-
-
-def a_column(head, column):
-    head.prototypes["text"].data[..., column] *= 9
-
-
-def a_step(head):
-    optimizer, labels = torch.optim.SGD(head.parameters(), lr=1.0), torch.tensor([0, 1, 2, 0, 1])
-    F.cross_entropy(head(ROWS, labels=labels), labels).backward()
-    optimizer.step()
-
-
-def other_data(head):
-    head.prototypes["text"].data = 2 * head.prototypes["text"].data + 1
-
-
-def other_state(head):
-    state = head.state_dict()
-    head.load_state_dict({name: 1 - value if "prototypes" in name else value for name, value in state.items()})
-
-
-ROWS = torch.linspace(-1, 1, 70).sin().view(5, 14)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        in_place,
-        one_number,
-        a_step,
-        other_data,
-        other_state,
-        # Not seen by autograd's versions:
-        lambda head: head.prototypes["text"].data.mul_(torch.linspace(0.1, 9, 6)),
-        *[partial(a_column, column=column) for column in range(6)],
-        lambda head: head.imprint(ROWS, torch.tensor([0, 1, 2, 0, 1])),
-        lambda head: head.double(),
-        lambda head: head.half(),
-        lambda head: head.reset_parameters(),
-    ],
-)
-def test_remembered_norms_follow_the_prototypes(change, monkeypatch):
-    monkeypatch.setattr("protohead.grouped.SMALL", 0)
-    torch.manual_seed(0)
-    head = DecoupledPrototypeHead({"image": 8, "text": 6}, 3)
-    head(ROWS)
-    head.eval()
-    with torch.no_grad():
-        before, known = head(ROWS), head._norms._known
-        assert torch.equal(head(ROWS), before)
-        assert head._norms._known is known
-    change(head)
-    expected = head(ROWS).detach()  # With gradients nothing is remembered.
-    assert not torch.equal(expected, before)
-    for context in (torch.no_grad(), torch.inference_mode()):
-        with context:
-            assert torch.equal(head(ROWS), expected)
-    assert head._norms._known is not known
-
-
-def test_prototypes_made_in_inference_mode(monkeypatch):
-    monkeypatch.setattr("protohead.grouped.SMALL", 0)  # They have no version to tell by whether they have changed.
+def test_prototypes_made_in_inference_mode():
+    x = torch.randn(5, 14)
     with torch.inference_mode():
         head = DecoupledPrototypeHead({"image": 8, "text": 6}, 3).eval()
-        before = head(ROWS)
+        before = head(x)
         head.prototypes["text"].mul_(torch.linspace(0.1, 3, 6))
-        after = head(ROWS)
+        after = head(x)
     assert not torch.equal(before, after)
     twin = DecoupledPrototypeHead({"image": 8, "text": 6}, 3).eval()
     twin.load_state_dict(head.state_dict())
-    assert torch.equal(twin(ROWS), after)
+    torch.testing.assert_close(twin(x), after)
 
 
-def test_remembered_norms_are_as_wide_as_the_features(monkeypatch):
-    monkeypatch.setattr("protohead.grouped.SMALL", 0)
-    torch.manual_seed(0)
-    head = DecoupledPrototypeHead({"image": 8, "text": 6}, 3).eval()
-    expected = head(ROWS.double()).detach()
-    assert head._norms._known is None  # With gradients nothing is remembered, nor in training.
-    with torch.no_grad():
-        head.train()(ROWS)
-        assert head._norms._known is None
-        head.seen.zero_()
-        head.eval()(ROWS)
-        torch.testing.assert_close(head(ROWS.double()), expected, rtol=0, atol=1e-12)
+@BOTH_ROADS
+def test_marks_that_were_set_for_whole_rows_are_added_to(road):
+    head = make(2)
+    features, present = every_case(head, rows=1)
+    head.seen[0] = True
+    head.seen[1] = torch.tensor([1])
+    with road():
+        head(features, present[[2, 1, 0, 3]])
+        head(features, present[[2, 2, 2, 3]])
+    assert head.seen.tolist() == [[2, 2], [2, 1], [0, 4]]
+    assert head.seen_cases == head.cases
+
+
+@BOTH_ROADS
+def test_rows_are_counted(road):
+    head = make(3)
+    features, present = every_case(head, rows=2)
+    shared = DecoupledPrototypeHead(head.in_features, 4, dtype=torch.float64)
+    with road():
+        for _ in range(2):
+            head(features, present)
+        shared(features, present)
+    assert torch.equal(head.seen, 4.0 * head._masks)
+    assert shared.seen.tolist() == [present.sum(0).tolist()]
+
+
+@BOTH_ROADS
+def test_the_bias_may_change_between_forward_and_backward(road):
+    head, x = make(2, torch.float32), torch.randn(4, 8)
+    with road():
+        logits = head(x)
+        expected = torch.autograd.grad(logits.sin().sum(), list(head.parameters()), retain_graph=True)
+        with torch.no_grad():
+            head.bias.add_(1)
+        got = torch.autograd.grad(logits.sin().sum(), list(head.parameters()))
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)

@@ -12,6 +12,9 @@ from torch import nn
 from protohead import DecoupledPrototypeHead
 from protohead.adapters.map import TaskHead, attach_map, fits
 
+# Most of these heads are scored as they were made.
+pytestmark = pytest.mark.filterwarnings("ignore:This head is in eval mode")
+
 TYPES = [0.0, 1.0, 2.0, 0.0, 2.0, 1.0]
 
 
@@ -38,7 +41,7 @@ def cls_tokens(module, batch):
 
 
 def expected_logits(module, batch, task, with_labels):
-    """One row at a time, through a head that is told what is present by hand."""
+    """One row at a time, through a head that is given the mask by hand."""
     head, features = copy.deepcopy(head_of(module, task)), cls_tokens(module, batch)
     rows = []
     for i, code in enumerate(batch["missing_type"]):
@@ -140,7 +143,7 @@ def test_no_margin_and_no_prototype_loss_in_eval():
     labelled = torch.tensor(batch["label"])[:, None]
     assert (trained["hatememes_logits"].gather(1, labelled) < plain.gather(1, labelled)).all()
     del batch["label"]
-    assert module.train().infer(batch)["cls_feats"]._protohead_told[1] is None  # No labels, no loss, no margin.
+    assert module.train().infer(batch)["cls_feats"]._protohead_rows[1] is None  # No labels, no loss, no margin.
 
 
 def test_no_task_no_loss():
@@ -149,7 +152,7 @@ def test_no_task_no_loss():
     assert not any("loss" in name for name in module(batch))
 
 
-def test_what_was_told_belongs_to_one_batch():
+def test_masks_and_labels_belong_to_one_batch():
     module = map_model("food101").eval()
     classifier = module.food101_classifier
     first, second = map_batch("food101"), map_batch("food101", [2.0, 2.0, 1.0, 1.0, 0.0, 0.0], seed=1)
@@ -157,7 +160,7 @@ def test_what_was_told_belongs_to_one_batch():
     both = [module.infer(batch)["cls_feats"] for batch in (first, second)]
     for logits, features in zip(alone, both, strict=True):
         torch.testing.assert_close(classifier(features), logits)
-        torch.testing.assert_close(classifier(features.clone()), logits)  # Untold: zeros are missing.
+        torch.testing.assert_close(classifier(features.clone()), logits)  # No mask: zeros are missing.
     module.train()
     with pytest.raises(RuntimeError, match=r'`infer\(batch\)\["cls_feats"\]` itself in training'):
         classifier(both[0].clone())
@@ -280,7 +283,7 @@ def test_fits():
         ((), (2, None, {}), ValueError, "exactly one of .*'hatememes_classifier'.* it has .*'transformer'"),
         (("hatememes", "mmimdb"), (2, None, {}), ValueError, r"it has \['hatememes_classifier', 'mmimdb_classifier'\]"),
         (("food101",), (5, None, {}), ValueError, "`num_classes` to be 7 as in food101_classifier, but got 5"),
-        (("food101",), (7, -1.0, {}), ValueError, "`prototype_weight` to be a number of 0 or more, but got -1"),
+        (("food101",), (7, -1.0, {}), ValueError, "`prototype_weight` to be a number in \\[0, inf\\), but got -1"),
         (("food101",), (7, float("nan"), {}), ValueError, "`prototype_weight`"),
         (("food101",), (7, True, {}), ValueError, "`prototype_weight`"),
         (("food101",), (7, None, {"scale": -1}), ValueError, "`scale` to be positive"),

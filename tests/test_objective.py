@@ -1,16 +1,18 @@
-"""`head.loss`: the whole objective, the features' mean, and the bias."""
+"""`head.loss`: the whole objective, and the bias. What becomes of the center is in test_center.py."""
 
-import itertools
+import dataclasses
 import warnings
 
 import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from roads import BOTH_ROADS, UNTRAINED, every_block
 
 from protohead import DecoupledPrototypeHead
-from protohead.objective import classification_loss, split_modalities
+from protohead.objective import Objective, split_modalities
 
+pytestmark = UNTRAINED
 WIDTHS = {"image": 5, "text": 3}
 PRESENT = torch.tensor([[1, 1], [1, 0], [0, 1], [1, 1], [0, 0], [0, 1], [1, 1]]).bool()
 SCORED = PRESENT.any(1)
@@ -20,7 +22,7 @@ SOFT = torch.rand(7, 4, generator=torch.Generator().manual_seed(3))
 
 def build(widths=WIDTHS, **options):
     torch.manual_seed(0)
-    return DecoupledPrototypeHead(widths, 4, dtype=torch.float64, **options)
+    return DecoupledPrototypeHead(widths, 4, dtype=torch.float64, **{"cases": "all", **options})
 
 
 def batch(rows=7, widths=WIDTHS):
@@ -43,12 +45,14 @@ def slow_row_losses(logits, labels):
     return F.cross_entropy(logits, labels, reduction="none")
 
 
+@BOTH_ROADS
 @pytest.mark.parametrize("labels", [HARD, SOFT], ids=["one label", "several labels"])
-def test_the_whole_is_the_sum_of_its_parts(labels):
+def test_the_whole_is_the_sum_of_its_parts(labels, road):
     head, features = build(), batch()
     with torch.no_grad():
         head.bias.copy_(torch.linspace(-1, 1, 4))
-    loss = head.loss(features, PRESENT, labels, prototype_weight=0.7, subcase_weight=0.3)
+    with road():
+        loss = head.loss(features, PRESENT, labels, prototype_weight=0.7, subcase_weight=0.3)
     whole = slow_row_losses(slow_logits(head, features, PRESENT, labels), labels)
     expected = whole[SCORED].sum()
     both = PRESENT.all(1)
@@ -119,14 +123,14 @@ def test_rows_that_nothing_scores_do_not_dilute():
     some, options = torch.tensor([True, False] * 3 + [True])[:, None], {"prototype_weight": 0}
     labels = HARD.clamp(min=0)
     first = head.loss(features, some, labels, **options)
-    head.center.zero_(), head.center_rows.zero_()
+    head.center.zero_(), head.center_rows.zero_(), head.center_spread.zero_()
     kept = some[:, 0]
     only = head.loss({"image": features["image"][kept]}, some[kept], labels[kept], **options)
     torch.testing.assert_close(first, only)
 
 
 def test_cases_that_are_not_seen_cost_nothing():
-    head = DecoupledPrototypeHead({f"m{i}": 4 for i in range(7)}, 3)
+    head = DecoupledPrototypeHead({f"m{i}": 4 for i in range(7)}, 3, cases="all")
     head.loss(torch.randn(4, 28), torch.ones(4, 7).bool(), torch.tensor([0, 1, 2, 0]), subcase_weight=0)
     assert head.seen_cases == head.cases[:1]
     with torch.profiler.profile(profile_memory=True) as profile:
@@ -135,8 +139,10 @@ def test_cases_that_are_not_seen_cost_nothing():
 
 
 def test_many_cases_are_told():
-    with pytest.warns(UserWarning, match="255 cases.*declare those that occur"):
-        DecoupledPrototypeHead({f"m{i}": 2 for i in range(8)}, 3)
+    with pytest.warns(UserWarning, match="255 cases.*list those that occur, or share them") as caught:
+        DecoupledPrototypeHead({f"m{i}": 2 for i in range(8)}, 3, cases="all")
+    assert caught[0].filename == __file__
+    DecoupledPrototypeHead({f"m{i}": 2 for i in range(8)}, 3)
 
 
 def test_one_modality_has_no_subcases():
@@ -144,7 +150,7 @@ def test_one_modality_has_no_subcases():
     features, present = {"image": batch()["image"]}, PRESENT[:, :1]
     options = {"prototype_weight": 0}
     first = head.loss(features, present, HARD, subcase_weight=0.5, **options)
-    head.center.zero_(), head.center_rows.zero_()
+    head.center.zero_(), head.center_rows.zero_(), head.center_spread.zero_()
     torch.testing.assert_close(first, head.loss(features, present, HARD, subcase_weight=0, **options))
 
 
@@ -179,49 +185,6 @@ def test_three_modalities_train_the_parts_that_are_drawn():
     torch.testing.assert_close(got, expected)
 
 
-def test_the_center_is_the_mean_of_what_is_there():
-    head, features = build(), batch()
-    head.loss(features, PRESENT, HARD)
-    means = [features[name][PRESENT[:, m]].mean(0) for m, name in enumerate(WIDTHS)]
-    torch.testing.assert_close(head.center, torch.cat(means))
-    assert head.center_rows.tolist() == PRESENT.sum(0).tolist()
-    more = {name: 3 * x for name, x in features.items()}
-    head.loss(more, PRESENT, HARD)
-    torch.testing.assert_close(head.center, 2 * torch.cat(means))
-    before = head.center.clone()
-    head.eval()
-    with torch.no_grad():
-        head.loss(more, PRESENT, HARD)
-        head.train()(more, PRESENT, HARD)  # Only `loss` learns it.
-    assert torch.equal(head.center, before)
-
-
-def test_the_center_follows_what_changes():
-    head, present = build(), torch.ones(1, 2, dtype=torch.bool)
-    for value in (0.0, 1.0):
-        rows = {name: torch.full((30_000, d), value) for name, d in WIDTHS.items()}
-        head.loss(rows, present.expand(30_000, 2), torch.zeros(30_000, dtype=torch.int64), prototype_weight=0)
-    torch.testing.assert_close(head.center, torch.ones_like(head.center))
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_missing_or_has_overflowed_does_not_reach_the_center(value):
-    head, features = build(), batch()
-    clean = {name: torch.where(PRESENT[:, m, None], x, 0) for m, (name, x) in enumerate(features.items())}
-    bad = {name: torch.where(PRESENT[:, m, None], x, value) for m, (name, x) in enumerate(features.items())}
-    expected = head.loss(clean, PRESENT, HARD)
-    center = head.center.clone()
-    other = build()
-    loss = other.loss(bad, PRESENT, HARD)
-    torch.testing.assert_close(loss, expected)
-    loss.backward()
-    assert all(p.grad.isfinite().all() for p in other.parameters())
-    assert torch.equal(other.center, center)
-    bad["image"][0] = value
-    other.loss(bad, PRESENT, HARD)
-    assert other.center.isfinite().all()
-
-
 def test_gradients_of_missing_rows_are_zero():
     head, features = build(), {name: x.requires_grad_() for name, x in batch().items()}
     head.loss(features, PRESENT, HARD).backward()
@@ -242,25 +205,20 @@ def test_rows_with_nothing_keep_zero_logits():
         torch.testing.assert_close(head.contributions(features, PRESENT).sum(1), logits)
 
 
-def test_both_roads_and_a_compiled_graph_agree():
-    head, features = build(), batch()
-    head.loss(features, PRESENT, HARD)
-    with torch.no_grad():
-        head.bias.copy_(torch.linspace(-1, 1, 4))
-    expected = head.eval()(features, PRESENT)
-    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(features, PRESENT), expected)
-    head.train()
-    # The center is learned anew by each, from the same rows.
-    losses = []
-    for model in (head, torch.compile(head, fullgraph=True, backend="aot_eager")):
-        head.reset_parameters()
-        torch.manual_seed(2)
-        with torch.no_grad():
-            head.prototypes.image.copy_(torch.randn(2, 4, 5))
-            head.prototypes.text.copy_(torch.randn(2, 4, 3))
-        losses.append(model(features, PRESENT, HARD, {}))
-    torch.testing.assert_close(*losses)
+@pytest.mark.parametrize("labels", [HARD, SOFT], ids=["one label", "several labels"])
+@pytest.mark.parametrize("cases", ["all", "shared"])
+def test_both_roads_agree(cases, labels):
+    results, weight = [], torch.tensor([0.5, 1.0, 2.0, 4.0])
+    for road in (warnings.catch_warnings, every_block):
+        head, features = build(cases=cases), {name: x.requires_grad_() for name, x in batch().items()}
+        with road():
+            for _ in range(2):
+                loss = head.loss(features, PRESENT, labels, class_weight=weight, label_smoothing=0.1)
+                loss.backward()
+        grads = [x.grad for x in [*features.values(), *head.parameters()]]
+        results.append([loss, *grads, head.seen, head.center, head.center_rows, head.center_spread])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_half_precision():
@@ -292,9 +250,15 @@ def test_eval_mode_warns_where_something_is_trained():
         ({"subcase_weight": True}, "but got True"),
         ({"subcase_weight": "much"}, "but got 'much'"),
         ({"label_smoothing": 1}, r"in \[0, 1\), but got 1"),
-        ({"class_weight": torch.ones(3)}, r"floating-point \(4,\) tensor, but got torch.float32 \(3,\)"),
+        ({"class_weight": torch.ones(3)}, r"`class_weight` to be of shape \(4,\), but got \(3,\)"),
+        ({"class_weight": torch.ones(1)}, r"but got \(1,\)"),
+        ({"class_weight": torch.ones(4, 1)}, r"floating-point \(K,\) tensor, but got torch.float32 \(4, 1\)"),
+        ({"class_weight": torch.tensor(1.0)}, r"but got torch.float32 \(\)"),
         ({"class_weight": [1.0] * 4}, r"but got \[1.0"),
         ({"class_weight": torch.ones(4, dtype=torch.int64)}, "int64"),
+        ({"class_weight": -torch.ones(4)}, "finite and not negative"),
+        ({"class_weight": torch.tensor([1.0, 1.0, 1.0, float("nan")])}, "finite and not negative"),
+        ({"weight": 1}, r"some of the options \('prototype_weight', .*'label_smoothing'\), but got \{'weight': 1\}"),
     ],
 )
 def test_wrong_options(options, match):
@@ -305,19 +269,40 @@ def test_wrong_options(options, match):
     assert not head.center.any()
 
 
-def test_wrong_use_of_the_objective():
+@pytest.mark.parametrize(
+    ("labels", "objective", "match"),
+    [
+        (None, {}, "`labels` for the objective"),
+        (HARD, {"weight": 1}, "'weight': 1"),
+        (HARD, ["prototype_weight"], r"but got \['prototype_weight'\]"),
+        (HARD, 1, "but got 1"),
+        (HARD, Objective(class_weight=torch.ones(3)), r"shape \(4,\), but got \(3,\)"),
+        (HARD + 4, {}, "in row 0"),
+    ],
+)
+def test_wrong_use_of_the_objective(labels, objective, match):
     head = build()
-    with pytest.raises(ValueError, match="`labels` for the objective"):
-        head(batch(), PRESENT, objective={})
-    with pytest.raises(ValueError, match="'weight': 1"):
-        head(batch(), PRESENT, HARD, {"weight": 1})
-    with pytest.raises(ValueError, match="in row 0"):
-        head.loss(batch(), PRESENT, HARD + 4)
-    for weight in (-torch.ones(4), torch.tensor([1.0, 1.0, 1.0, float("nan")])):
-        with pytest.raises(ValueError, match="finite and not negative"):
-            head.loss(batch(), PRESENT, HARD, class_weight=weight)
+    with pytest.raises(ValueError, match=match):
+        head(batch(), PRESENT, labels, objective)
     assert head.seen_cases == ()
     assert not head.center.any()
+    assert not head.center_rows.any()
+
+
+def test_the_options_are_one_frozen_dataclass():
+    objective = Objective(prototype_weight=0.3, label_smoothing=0.1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        objective.prototype_weight = 1
+    assert dataclasses.replace(objective, subcase_weight=0).prototype_weight == 0.3
+    with pytest.raises(ValueError, match="but got -1"):
+        dataclasses.replace(objective, subcase_weight=-1)
+    losses = [
+        build().loss(batch(), PRESENT, HARD, prototype_weight=0.3, label_smoothing=0.1),
+        build()(batch(), PRESENT, HARD, objective),
+        build()(batch(), PRESENT, HARD, {"prototype_weight": 0.3, "label_smoothing": 0.1}),
+    ]
+    assert losses[0] == losses[1] == losses[2]
+    assert build().loss(batch(), PRESENT, HARD) == build()(batch(), PRESENT, HARD, Objective())
 
 
 def test_checkpoints():
@@ -343,11 +328,11 @@ def test_reset_forgets():
     with torch.no_grad():
         head.bias.fill_(1.0)
     head.reset_parameters()
-    assert not any(x.any() for x in (head.bias, head.center, head.center_rows, head.seen))
+    assert not any(x.any() for x in (head.bias, head.center, head.center_rows, head.center_spread, head.seen))
 
 
 def test_one_block_for_all_cases():
-    head, features = build(cases=["image+text"]), batch()
+    head, features = build(cases="shared"), batch()
     assert head.prototype_loss() == 0
     loss = head.loss(features, PRESENT, HARD)
     loss.backward()
@@ -356,18 +341,12 @@ def test_one_block_for_all_cases():
         alone = head.eval()(features, torch.tensor([mask]).expand(7, 2))
         center = head.center[:5] if name == "image" else head.center[5:]
         cosine = F.normalize(features[name] - center) @ F.normalize(head.prototypes[name][0]).T
-        torch.testing.assert_close(alone, 32 * cosine + head.bias)
-
-
-def test_the_loss_of_rows():
-    for labels, smoothing in itertools.product((HARD[:3], SOFT[:3]), (0.0, 0.1)):
-        losses, weights = classification_loss(torch.randn(3, 4), labels, None, smoothing)
-        assert losses.shape == weights.shape == (3,)
+        torch.testing.assert_close(alone, 20 * cosine + head.bias)
 
 
 def test_eight_modalities_share_one_block_each():
     widths = {name: 3 for name in "abcdefgh"}
-    head = build(widths, cases=["+".join(widths)])
+    head = build(widths, cases="shared")
     assert {tuple(p.shape) for p in head.prototypes.values()} == {(1, 4, 3)}
     features = batch(40, widths)
     present = torch.rand(40, 8, generator=torch.Generator().manual_seed(0)) < 0.4
@@ -378,7 +357,7 @@ def test_eight_modalities_share_one_block_each():
     moved = dict(zip(widths, torch.cat(list(features.values()), 1).sub(head.center).split(3, 1), strict=True))
     unit = {name: F.normalize(x) @ F.normalize(head.prototypes[name][0]).T for name, x in moved.items()}
     total = torch.where(present[:, :, None], torch.stack(list(unit.values()), 1), 0).sum(1)
-    expected = 32 * total / present.sum(1, keepdim=True).clamp(min=1) + head.bias
+    expected = 20 * total / present.sum(1, keepdim=True).clamp(min=1) + head.bias
     torch.testing.assert_close(every, torch.where(present.any(1)[:, None], expected, 0))
 
 
@@ -414,23 +393,6 @@ def test_second_derivatives_with_a_center():
     )
     for a, b in zip(once, twice, strict=True):
         torch.testing.assert_close(a, b)
-
-
-def test_rows_that_have_overflowed_do_not_count():
-    head, features = build(), batch()
-    features["image"][0, 2] = float("inf")
-    head.loss(features, PRESENT, HARD)
-    kept = PRESENT[:, 0].clone()
-    kept[0] = False
-    assert head.center_rows.tolist() == [kept.sum(), PRESENT[:, 1].sum()]
-    torch.testing.assert_close(head.center[:5], features["image"][kept].mean(0))
-
-
-def test_rows_whose_sum_has_overflowed_count():
-    head, features = build(), {name: x.half() for name, x in batch().items()}
-    features["image"][:, 1:] = 6e4
-    head.loss(features, PRESENT, HARD)
-    assert head.center_rows.tolist() == PRESENT.sum(0).tolist()
 
 
 def test_a_frozen_head_in_eval_mode_does_not_warn():

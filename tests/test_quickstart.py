@@ -33,7 +33,8 @@ def test_runs_on_a_file_and_learns(tmp_path, monkeypatch, capsys):
     image = np.load(small_file(tmp_path / "a.npz"))["image"]
     image[:5] = 0  # Rows that really lack their image.
     path = small_file(tmp_path / "data.npz", image=image)
-    monkeypatch.setattr(quickstart, "BATCH_SIZE", 16)
+    for name, value in (("BATCH_SIZE", 16), ("EPOCHS", 4), ("LEARNING_RATES", (3e-2, 1e-1))):
+        monkeypatch.setattr(quickstart, name, value)
     call(monkeypatch, "--data", path, "--seeds", 2, "--figure", tmp_path / "figure.png")
     printed = capsys.readouterr().out.splitlines()
     assert printed[-2].startswith("Over all test rows the head is ")
