@@ -129,7 +129,9 @@ def main() -> None:
     frozen = arguments.model is not None and not arguments.trainable
     module = MissingModalities(model, lr=1e-2 if frozen else 1e-3)
     best = ModelCheckpoint(arguments.output, monitor="all/f1", mode="max")
-    trainer = Trainer(max_epochs=arguments.epochs, callbacks=[best], logger=False, default_root_dir=arguments.output)
+    options: dict[str, Any] = {"logger": False, "default_root_dir": arguments.output}
+    # Lightning's sanity check would validate a head that nothing has trained yet.
+    trainer = Trainer(max_epochs=arguments.epochs, callbacks=[best], num_sanity_val_steps=0, **options)
     trainer.fit(module, loaders["train"], loaders["validation"])
     trainer.test(module, loaders["test"], ckpt_path="best")
     model.save(arguments.output / "model.safetensors")  # The best epoch's, without what is frozen; model.load reads it.

@@ -58,14 +58,17 @@ def read_features(
         if _is_enough(mask) and (mask & torch.stack([x[:, 0] == 0 for x in rows], dim=1)).any():
             _check_agreement(mask, torch.stack([(x == 0).all(1) for x in rows], dim=1))
         return rows, mask
-    there = torch.tensor([name in tensors for name in widths], device=mask.device)
+    return rows, _without_absent(mask, [name in tensors for name in widths], tuple(widths))
+
+
+def _without_absent(present: Tensor, given: list[bool], modalities: Sequence[str]) -> Tensor:
+    """The mask of a batch in which some modalities are left out, which it must not call present."""
+    there = torch.tensor(given, device=present.device)
     # In a compiled graph, where values cannot be read, a modality that is left out is missing.
-    if not torch.compiler.is_compiling() and (mask & ~there).any():
-        row, m = (mask & ~there).nonzero()[0].tolist()
-        raise ValueError(
-            f"Expected features of {tuple(widths)[m]!r}, which `present` says that row {row} has; got none."
-        )
-    return rows, mask & there
+    if not torch.compiler.is_compiling() and (wrong := present & ~there).any():
+        row, m = wrong.nonzero()[0].tolist()
+        raise ValueError(f"Expected features of {modalities[m]!r}, which `present` says that row {row} has; got none.")
+    return present & there
 
 
 def read_present(present: Any, modalities: Sequence[str], device: torch.device | None = None) -> Tensor:
@@ -96,16 +99,17 @@ def _check_agreement(present: Tensor, zero: Tensor) -> None:
         present: (B, M) bool.
         zero: (B, M) bool, which inputs are all zeros.
     """
-    if (~present & zero).any() or present.all():
-        return
     # In a complete row swapped columns do not show.
     some = present & (~present.all(1, keepdim=True) | (present.shape[1] == 1))
-    wrong, right = int((some & zero).sum()), int((some & ~zero).sum())
-    if wrong >= max(2, right):
+    wrong, right = (some & zero).sum(0), (some & ~zero).sum(0)
+    none_missing = ~(~present & zero).any(0) & ~present.all(0)
+    contradicted = none_missing & (wrong >= right.clamp(min=2))
+    if contradicted.any():
+        m = int(contradicted.nonzero()[0])
         raise ValueError(
-            f"Expected `present` to be True where a modality is there, its columns in the order of the modalities, but "
-            f"{wrong} inputs that it calls present are zeros, and none that it calls missing: it is inverted, or its "
-            "columns are swapped."
+            "Expected `present` to be True where a modality is there, its columns in the order of the modalities, but "
+            f"of column {m} {int(wrong[m])} inputs that it calls present are zeros, and none that it calls missing: it "
+            "is inverted, or its columns are swapped."
         )
 
 

@@ -566,3 +566,37 @@ def test_wrong_joint_features():
     ):
         with pytest.raises(ValueError, match=match):
             PrototypeClassifier(encoder, head)({"image": IMAGE, "text": TEXT})
+
+
+def test_loss_is_that_of_the_head_on_the_features():
+    options = {"prototype_weight": 0.3, "class_weight": torch.tensor([1.0, 2.0, 3.0])}
+    a, b, inputs = build(), build(), batch()
+    torch.manual_seed(2)
+    got = a.loss(inputs, PRESENT, LABELS, **options)
+    torch.manual_seed(2)
+    torch.testing.assert_close(got, b.head.loss(b.encode(inputs, PRESENT), PRESENT, LABELS, **options))
+    torch.testing.assert_close(a.head.center, b.head.center)
+    with pytest.raises(ValueError, match="'weight'"):
+        a.loss(inputs, PRESENT, LABELS, weight=0.3)
+
+
+def test_inputs_that_contradict_the_mask():
+    model = build()
+    present = torch.tensor([[True, True], [True, False], [False, True]] * 4)
+    inputs = {"image": torch.randn(12, 7), "text": torch.randn(12, 6)}
+    padded = {name: torch.where(present[:, m, None], x, 0) for m, (name, x) in enumerate(inputs.items())}
+    for wrong in (~present, present.flip(1)):
+        with pytest.raises(ValueError, match="inverted, or its columns are swapped"):
+            model(padded, wrong)
+        assert model.encoders.image.calls == []
+        model(inputs, wrong)  # What stands in missing rows does not matter.
+        model.encoders.image.calls.clear()
+    model(padded, present)
+
+
+def test_present_by_name():
+    model, inputs = build().eval(), batch()
+    columns = {"text": PRESENT[:, 1], "image": PRESENT[:, 0].tolist()}
+    assert torch.equal(model(inputs, columns), model(inputs, PRESENT))
+    for name, x in model.encode(inputs, columns).items():
+        assert torch.equal(x, model.encode(inputs, PRESENT)[name])

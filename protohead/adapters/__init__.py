@@ -78,7 +78,26 @@ def attach(
         )
     check_count("num_classes", num_classes)
     encoders, own, named = _read_backbone(backbone)
-    in_features = head_options.pop("in_features", None)
+    widths, reached = _try(encoders, own, example, named, head_options.pop("in_features", None))
+    chosen = chosen_parameters([trainable] if isinstance(trainable, str) else trainable, named, reached)
+    defaults: dict[str, Any] = {"device": named[0][1].device if named else None}
+    if own is not None:  # The towers of one model, trained together.
+        defaults["shared_space"] = len(set(widths.values())) == 1
+    head = DecoupledPrototypeHead(widths, num_classes, **{**defaults, **head_options})
+    model = PrototypeClassifier(encoders, head)
+    for _, p in named:
+        p.requires_grad_(p in chosen)
+    return model.train()
+
+
+def _try(
+    encoders: Any,
+    own: Mapping[str, Any] | None,
+    example: Mapping[str, Any] | None,
+    named: Sequence[tuple[str, nn.Parameter]],
+    in_features: Mapping[str, int] | None,
+) -> tuple[dict[str, int], set[nn.Parameter]]:
+    """The widths of the encoders, in the user's order, and the parameters that they use: tried on an example."""
     if example is None and own is None and in_features is None:
         raise ValueError("Expected `in_features` or `example`, without which the encoders' widths are not known.")
     if lazy := [name for name, p in named if isinstance(p, nn.parameter.UninitializedParameter)]:
@@ -90,21 +109,11 @@ def attach(
         try:
             widths, reached = try_encoders(encoders, own, reached)
         except Exception as error:
-            what = f"{type(backbone).__name__} cannot be tried on inputs made for it ({error}): give `example`."
+            what = f"The backbone cannot be tried on inputs made for it ({error}): give `example`."
             raise ValueError(what) from error
     if in_features is not None and dict(in_features) != widths:
         raise ValueError(f"Expected `in_features` to be {widths}, as the encoders return, but got {dict(in_features)}.")
-    # In the user's order, which is that of `present`.
-    widths = dict(widths if in_features is None else in_features)
-    chosen = chosen_parameters([trainable] if isinstance(trainable, str) else trainable, named, reached)
-    defaults: dict[str, Any] = {"device": named[0][1].device if named else None}
-    if own is not None:  # The towers of one model, trained together.
-        defaults["shared_space"] = len(set(widths.values())) == 1
-    head = DecoupledPrototypeHead(widths, num_classes, **{**defaults, **head_options})
-    model = PrototypeClassifier(encoders, head)
-    for _, p in named:
-        p.requires_grad_(p in chosen)
-    return model.train()
+    return dict(widths if in_features is None else in_features), reached  # type: ignore[arg-type]
 
 
 def _read_backbone(backbone: Any) -> tuple[Any, dict[str, Any] | None, list[tuple[str, nn.Parameter]]]:

@@ -1,6 +1,7 @@
 """What encoders return, and on which parameters that depends: found by running them once."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
@@ -46,36 +47,23 @@ def try_encoders(
             raise ValueError(f"Expected `example` to hold inputs of {name!r} in every row, but it lacks some.")
     each = [encoders] if joint else list(encoders.values())
     owners = [owner for x in each if isinstance(owner := getattr(x, "__self__", x), nn.Module)]
-    modes = {module: module.training for owner in owners for module in owner.modules()}
-    flags = {p: p.requires_grad for p in parameters}
     twins: dict[Tensor, nn.Parameter] = {}
-    try:
-        for owner in owners:
-            owner.eval()  # One row must not reach the running statistics of a batch norm.
-        for p in parameters:
-            p.requires_grad_(True)
-        with torch.enable_grad():
-            if joint:
-                features = joint_rows(encoders, example, {name: rows >= 0 for name in modalities})
-            else:
-                features = {
-                    name: encode_rows(
-                        name,
-                        _on_meta(encoder, example[name], twins),
-                        select_rows(example[name], rows, len(rows)),
-                        len(rows),
-                    )
-                    for name, encoder in encoders.items()
-                }
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for p, flag in flags.items():
-            p.requires_grad_(flag)
+    with _all_trainable(owners, parameters), torch.enable_grad():
+        if joint:
+            features = joint_rows(encoders, example, {name: rows >= 0 for name in modalities})
+        else:
+            features = {
+                name: encode_rows(
+                    name,
+                    _on_meta(encoder, example[name], twins),
+                    select_rows(example[name], rows, len(rows)),
+                    len(rows),
+                )
+                for name, encoder in encoders.items()
+            }
     leaves = _leaves(features.values())
-    if leaves is None:
-        reached = parameters
-    else:
+    reached = parameters
+    if leaves is not None:
         found = {twins.get(leaf, leaf) for leaf in leaves}
         if any(isinstance(leaf, nn.Parameter) and leaf not in parameters for leaf in found):
             raise ValueError(
@@ -84,6 +72,24 @@ def try_encoders(
             )
         reached = found & parameters
     return {name: x.shape[1] for name, x in features.items()}, reached
+
+
+@contextmanager
+def _all_trainable(owners: Sequence[nn.Module], parameters: set[nn.Parameter]) -> Iterator[None]:
+    """Parameters that take gradients, in modules in eval mode: one row must not reach what a batch norm has counted."""
+    modes = {module: module.training for owner in owners for module in owner.modules()}
+    flags = {p: p.requires_grad for p in parameters}
+    try:
+        for owner in owners:
+            owner.eval()
+        for p in parameters:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for p, flag in flags.items():
+            p.requires_grad_(flag)
 
 
 def _on_meta(encoder: Any, example: Any, twins: dict[Tensor, nn.Parameter]) -> Any:
