@@ -23,6 +23,13 @@ UNTRAINED, NO_MASK = "paper, no fall-back", "paper, least entropy"
 FEW, THREE = ("linear", "late fusion", "cosine head", "paper", OURS), ("linear", "paper", OURS)
 ALL_ROWS, LACKING, ENOUGH = "all rows", ("all", 0.7), 30  # ENOUGH rows of a case, for its score to say something.
 SHORT = {"linear, modality dropout": "linear, dropout", "paper, no prototype loss": "paper, no proto. loss"}
+# What the methods that use the head are, in its own terms.
+HEADS = {
+    OURS: 'the head with its defaults, `cases="shared"` (first spelled `cases="image+text"`) and `scale=20`',
+    f"{OURS}, decoupled": 'the same with prototypes for each missing case, `cases="all"` (first the default)',
+    "paper": 'the paper\'s head, `cases="all", scale=32, centered=False`',
+    "cosine head": 'the paper\'s head with `cases="shared"`, without the prototype loss',
+}
 # Okabe and Ito's colours, which the colour-blind tell apart.
 COLORS = {"linear": "#444b55", "late fusion": "#e69f00", "cosine head": "#009e73", "paper": "#0072b2", OURS: "#d55e00"}
 MARKS = dict(zip(FEW, "svD^o", strict=True))
@@ -148,18 +155,19 @@ def at(setting: Setting) -> str:
 
 def verdict(r: Results) -> list[str]:
     rates = ", ".join(f"{100 * rate:g}" for rate in sorted({cell[1][1] for cell in r.every}))
-    rows, worse, told, groups = list[Row](), list[Row](), list[tuple[float, float]](), defaultdict[int, list[str]](list)
+    rows, worse, tested = list[Row](), list[Row](), list[tuple[float, float]]()
+    groups = defaultdict[int, list[str]](list)
     for other in (method for method in r.methods if method != OURS):
         gain, side, between, _ = r.compare(OURS, other, r.every)
         groups[side].append(f"`{other}`")
         found = [x for cell in r.every if not math.isnan((x := (*cell, *r.compare(OURS, other, [cell])))[2])]
         counts = [f"{sum(x[3] == way for x in found)} of {len(found)}" for way in (1, -1)]
         rows.append([f"`{other}`", percent(gain, "+"), between, *counts])
-        told += [(x[2], x[5]) for x in found if x[4] != "–"]
+        tested += [(x[2], x[5]) for x in found if x[4] != "–"]
         worse += [[x[0], at(x[1]), f"`{other}`", percent(x[2], "+"), x[4]] for x in found if x[3] < 0]
     better, worse_than, level = (", ".join(groups[side]) or "none" for side in (1, -1, 0))
     said = f"On average it is significantly better than {better}; worse than {worse_than}; neither: {level}."
-    said = said if told else "No two seeds to compare it by, so nothing is significant."
+    said = said if tested else "No two seeds to compare it by, so nothing is significant."
     data = "; ".join(f"{name} ({count} seed{'s' * (count > 1)})" for name, count in r.seeds.items())
     lines = [
         f"{len(r.methods)} classifiers on the same frozen features of {data}, with",
@@ -174,16 +182,18 @@ def verdict(r: Results) -> list[str]:
         " of the rows, too, though seeds share most of them." * any("new splits" in name for name in r.data),
         f"**{r.unfinished} settings and seeds are unfinished, and left out.**" * (r.unfinished > 0),
         "**Of so few seeds this is a look, not a result.**" * (min(r.seeds.values()) < 3),
+        "",
+        *(f"- `{name}`: {what}." for name, what in HEADS.items() if name in r.methods),
         f"\n**Over all cells `{OURS}` has a mean macro-F1 of {percent(r.mean(OURS, r.every))}. {said}**",
         *table((f"`{OURS}` minus", "difference", "95 %", "cells better", "cells worse"), rows),
     ]
-    text = f"There are cells in which `{OURS}` is significantly worse: {len(worse)} of {len(told)} comparisons."
+    text = f"There are cells in which `{OURS}` is significantly worse: {len(worse)} of {len(tested)} comparisons."
     text = text if worse else f"There is no cell in which `{OURS}` is significantly worse than another method."
-    limit = holm(p for _, p in told)
-    left = [sum(sign * gain > 0 and p <= limit for gain, p in told) for sign in (-1, 1)]
-    text = f"**{text}** By chance about {len(told) / 40:.0f} would be, were all methods equal."
+    limit = holm(p for _, p in tested)
+    left = [sum(sign * gain > 0 and p <= limit for gain, p in tested) for sign in (-1, 1)]
+    text = f"**{text}** By chance about {len(tested) / 40:.0f} would be, were all methods equal."
     lines += [f"{text} With Holm's correction for all of them it is worse in {left[0]} and better in {left[1]}."] * (
-        len(told) > 0
+        len(tested) > 0
     )
     return lines + table(("data", "missing", "worse than", "difference", "95 %"), worse) * (len(worse) > 0)
 

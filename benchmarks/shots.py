@@ -64,7 +64,7 @@ def named(path: Path, data: Data) -> DecoupledPrototypeHead:
     with np.load(path) as file:
         rows = {name: torch.from_numpy(file[name]).float() for name in data.features if name in file}
         labels = torch.from_numpy(file["label"])
-    # Rows are scored by the modalities that there are names in; the others have not been seen.
+    # Rows are classified by the modalities that there are names in; the others have not been seen.
     head = DecoupledPrototypeHead(data.widths, data.num_classes, cases="all")
     imprint(head, rows, labels)
     return head

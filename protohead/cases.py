@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protohead.context import is_readable
-
 __all__ = [
     "block_index",
     "case_masks",
@@ -144,16 +142,11 @@ def block_index(present: Tensor, masks: Tensor, seen: Tensor | None = None) -> t
         (tensor([0, 2]), tensor([[ 0,  0],
                 [-1,  1]]))
     """
-    usable = allowed = None
-    if seen is not None and not (is_readable(seen) and seen.all()):
-        usable = masks & (seen | ~seen.any())
-        allowed = usable.any(1)
+    usable = masks if seen is None else masks & (seen | ~seen.any())
     if len(masks) == 1:
-        case = torch.zeros_like(present[:, 0], dtype=torch.int64)
-    else:
-        case = _nearest(present, masks if usable is None else usable, allowed)
-    held = (masks if usable is None else usable)[case]
-    return case, torch.where(present & held, (masks.cumsum(0) - 1)[case], -1)
+        return torch.zeros_like(present[:, 0], dtype=torch.int64), (present & usable).long() - 1
+    case = _nearest(present, usable, None if seen is None else usable.any(1))
+    return case, torch.where(present & usable[case], (masks.cumsum(0) - 1)[case], -1)
 
 
 def present_from_missing_type(
@@ -261,7 +254,7 @@ def present_from_flags(
 
 
 def _is_empty(value: Any) -> bool:
-    """None, NaN, or pandas' own mark of what is missing, whose type is told by name: pandas may not be there."""
+    """None, NaN, or pandas' own mark of what is missing, whose type is known by name: pandas may not be there."""
     return value is None or (isinstance(value, float) and value != value) or type(value).__name__ == "NAType"
 
 

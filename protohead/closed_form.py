@@ -42,6 +42,6 @@ def class_means(
         centers = [None] * len(features)
     means = []
     for x, here, center in zip(features, present.T[:, :, None], centers, strict=True):
-        rows = normalize(centered(torch.where(here, x, 0), center))
+        rows = normalize(centered(torch.where(here, x, 0), center)[0])
         means.append(normalize(torch.where(here, labels, 0).to(x.dtype).T @ rows))
     return means

@@ -38,18 +38,18 @@ def case_cosine(x: Tensor, prototypes: Tensor, block: Tensor, center: Tensor | N
     x = x.to(prototypes.dtype)
     if not is_readable(block):
         here = block[:, None] >= 0
-        x = torch.where(here, centered(torch.where(here, x, 0), center), 0)
-        every = torch.einsum("bd,vkd->bvk", normalize(x), prototypes) * inverse_norm(prototypes)
+        x, _ = centered(torch.where(here, x, 0), center)
+        every = torch.einsum("bd,vkd->bvk", normalize(torch.where(here, x, 0)), prototypes) * inverse_norm(prototypes)
         index = block.clamp(min=0)[:, None, None].expand(-1, 1, prototypes.shape[1])
         return every.gather(1, index).squeeze(1)  # Not take_along_dim: it fixes the batch size of an exported graph.
     rows, counts = _rows_by_block(block, prototypes.shape[0])
     whole = rows.shape[0] == x.shape[0] == max(counts)  # All in one block, in order.
-    x = centered(x if whole else x.index_select(0, rows), center)
+    x, inverse = centered(x if whole else x.index_select(0, rows), center)
     if len(counts) == 1:
-        cosine = block_cosine(x, prototypes.squeeze(0))
+        cosine = block_cosine(x, inverse, prototypes.squeeze(0))
     else:
-        parts = zip(x.split(counts), prototypes.unbind(), counts, strict=True)
-        cosine = torch.cat([block_cosine(part, weight) for part, weight, count in parts if count or not sum(counts)])
+        parts = zip(counts, x.split(counts), inverse.split(counts), prototypes.unbind(), strict=True)
+        cosine = torch.cat([block_cosine(*part) for count, *part in parts if count or not sum(counts)])
     if whole:
         return cosine
     return cosine.new_zeros(block.shape[0], prototypes.shape[1]).index_copy(0, rows, cosine)
@@ -64,12 +64,12 @@ def _rows_by_block(block: Tensor, blocks: int) -> tuple[Tensor, list[int]]:
     return block.argsort(stable=True)[missing:], counts
 
 
-def block_cosine(x: Tensor, weight: Tensor) -> Tensor:
-    """Cosines of rows (N, D) with one block of prototypes (K, D): (N, K)."""
+def block_cosine(x: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
+    """Cosines of rows (N, D), whose inverse norms are (N, 1), with one block of prototypes (K, D): (N, K)."""
     if not torch.is_grad_enabled():
-        product: Tensor = normalize(x) @ weight.T
+        product: Tensor = (x * inverse) @ weight.T
         return product.mul_(inverse_norm(weight))
-    cosine: Tensor = _BlockCosine.apply(x, weight)
+    cosine: Tensor = _BlockCosine.apply(x, inverse, weight)
     return cosine
 
 
@@ -77,42 +77,50 @@ class _BlockCosine(torch.autograd.Function):
     """Autograd alone would go through the prototypes twice more: half of a step with thousands of classes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        a, b = inverse_norm(x)[:, None], inverse_norm(weight)
+    def forward(ctx: Any, x: Tensor, a: Tensor, weight: Tensor) -> Tensor:
+        b = inverse_norm(weight)
         cosine = ((x * a) @ weight.T).mul_(b)
-        ctx.save_for_backward(x, weight, a, b, cosine)
+        ctx.save_for_backward(x, a, weight, b, cosine)
         return cosine
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight, a, b, cosine = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, weight, b, cosine = ctx.saved_tensors
         with full_precision(grad.device):
             if torch.is_grad_enabled():  # Gradients of gradients go through the norms.
                 a, b = inverse_norm(x)[:, None], inverse_norm(weight)
             unit, scaled, along = x * a, grad * b, grad * cosine
-            to_x = (scaled @ weight - unit * along.sum(1, keepdim=True)) * a if ctx.needs_input_grad[0] else None
-            to_weight = None
-            if ctx.needs_input_grad[1]:
+            to_x = to_weight = None
+            if ctx.needs_input_grad[0]:
+                to_x = (scaled @ weight - unit * along.sum(1, keepdim=True)) * a
+            if ctx.needs_input_grad[2]:
                 to_weight = torch.addcmul(scaled.T @ unit, weight, (along.sum(0) * b * b)[:, None], value=-1)
-            return to_x, to_weight
+            return to_x, None, to_weight
 
 
-def centered(x: Tensor, center: Tensor | None = None) -> Tensor:
-    """Features (N, D) less their center (D,), of some length whose square is a number.
+def centered(x: Tensor, center: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Features less their center, of some length whose square is a number, and 1 / that length.
 
-    A row that differs from the center by no more than rounding becomes zero.
+    Args:
+        x: (N, D).
+        center: (D,). A row that differs from it by no more than rounding becomes zero.
+
+    Returns:
+        (N, D); and (N, 1), without a gradient, 1 for a row of zeros.
     """
     noise: Tensor | float = 0.0
     if center is not None:
         x, noise = x - center, NOISE * torch.finfo(x.dtype).eps * torch.linalg.vector_norm(center)
+    norm = torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True)
     if is_readable(x) and x.shape[0]:  # Nearly all batches are what they should be.
-        low, high = torch.linalg.vector_norm(x.detach(), dim=1).aminmax()
+        low, high = norm.aminmax()
         if max(1e-15, float(noise)) < low.item() and high.item() < 1e15:
-            return x
+            return x, norm.reciprocal()
     largest = torch.linalg.vector_norm(x.detach(), math.inf, dim=1, keepdim=True)
     x = x / torch.where(largest > 0, largest, 1)
     norm = torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True) * largest
-    return torch.where(norm <= noise, 0, x)  # NaN stays.
+    x = torch.where(norm <= noise, 0, x)  # NaN stays.
+    return x, inverse_norm(x.detach())[:, None]
 
 
 def normalize(x: Tensor) -> Tensor:

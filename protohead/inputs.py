@@ -61,9 +61,9 @@ def read_features(
     return rows, _without_absent(mask, [name in tensors for name in widths], tuple(widths))
 
 
-def _without_absent(present: Tensor, given: list[bool], modalities: Sequence[str]) -> Tensor:
+def _without_absent(present: Tensor, kept: list[bool], modalities: Sequence[str]) -> Tensor:
     """The mask of a batch in which some modalities are left out, which it must not call present."""
-    there = torch.tensor(given, device=present.device)
+    there = torch.tensor(kept, device=present.device)
     # In a compiled graph, where values cannot be read, a modality that is left out is missing.
     if not torch.compiler.is_compiling() and (wrong := present & ~there).any():
         row, m = wrong.nonzero()[0].tolist()

@@ -30,7 +30,7 @@ def read_constants(
     """The scales and margins by case; those of the paper where there is no margin."""
     if len(cases) > MANY:
         what = "with prototypes of their own are slow; list those that occur, or share them"
-        warnings.warn(f"{len(cases)} cases {what}.", stacklevel=4)
+        warnings.warn(f"{len(cases)} cases {what}.", stacklevel=3)
     if margin is None:
         margin = {case: 0.10 if case == "+".join(modalities) else 0.15 for case in cases}
     scales, margins = _by_case("scale", scale, cases), _by_case("margin", margin, cases)
@@ -70,7 +70,7 @@ def check_names(names: Sequence[str] | None, num_classes: int) -> tuple[str, ...
     """K class names, none twice; or None."""
     if names is None:
         return None
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"Expected `class_names` to be a list of strings, but got {names!r}.")
     if len(names) != num_classes or len(set(names)) < len(names):
         raise ValueError(f"Expected {num_classes} different `class_names`, but got {len(names)}: {list(names)[:5]} ...")

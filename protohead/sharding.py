@@ -38,7 +38,7 @@ def is_managed(module: nn.Module) -> bool:
 
 
 def is_sharded(x: object) -> bool:
-    """Whether this is a DTensor, told without an import that costs every program half a second."""
+    """Whether this is a DTensor, without an import that costs every program half a second."""
     return hasattr(x, "full_tensor")
 
 

@@ -57,8 +57,8 @@ def set_classes(
 def register_buffers(head: Any, masks: Tensor, scales: list[float], margins: list[float]) -> None:
     """Give a head its constants, and what it learns beside its parameters.
 
-    They are real even where the parameters are on the meta device, so that `to_empty` cannot lose them. Marks and
-    counts are no bools, which tools that average checkpoints cannot average.
+    They are real even where the parameters are on the meta device, so that `to_empty` cannot lose them. All are floats:
+    tools that average checkpoints cannot average bools, nor some of them integers.
     """
     parameter = next(head.parameters())
     device = torch.device("cpu") if parameter.is_meta else parameter.device
@@ -66,7 +66,7 @@ def register_buffers(head: Any, masks: Tensor, scales: list[float], margins: lis
     head.register_buffer("scale", tensor(scales))
     head.register_buffer("margin", tensor(margins))
     head.register_buffer("seen", tensor(masks.tolist()))
-    head.register_buffer("_masks", masks.long().to(device), persistent=False)
+    head.register_buffer("_masks", tensor(masks.tolist()), persistent=False)
     count = len(head.modalities)
     widths = {"center": sum(head.in_features.values()), "center_rows": count, "center_spread": count}
     for name, width in widths.items():
@@ -87,8 +87,7 @@ def move_buffers(head: nn.Module) -> None:
     if parameter.is_meta:
         return
     for name, value in list(head.named_buffers(recurse=False)):
-        dtype = _constant_dtype(parameter.device) if value.is_floating_point() else value.dtype
-        moved = value.to(parameter.device, dtype)
+        moved = value.to(parameter.device, _constant_dtype(parameter.device))
         head._buffers[name] = moved.share_memory_() if parameter.is_shared() else moved
 
 
@@ -126,7 +125,7 @@ def unpack(state: Any) -> dict[str, Any]:
         ValueError: If this is anything else.
     """
     try:
-        config = json.loads(bytes(state.double().round().long().tolist()).decode())
+        config = json.loads(bytes(state.flatten().double().round().long().tolist()).decode())
         if not isinstance(config, dict) or not set(MUST_AGREE) <= set(config):
             raise ValueError(f"Expected an object with {MUST_AGREE}.")
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
@@ -142,6 +141,10 @@ def check_same_head(config: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If the cases, whether there is a shared space, or the class names are others.
     """
+    try:
+        check_names(config.get("class_names"), config.get("num_classes", 0))
+    except TypeError as error:
+        raise ValueError(str(error)) from None
     for key in (*MUST_AGREE, "class_names"):
         theirs, ours = config.get(key), own.get(key)
         both_named = theirs is not None and ours is not None
@@ -164,11 +167,13 @@ def check_checkpoint(state: Mapping[str, Any], own: Mapping[str, Any], prefix: s
         check_same_head(unpack(extra), own)
     for name, x in state.items():
         tail = name.removeprefix(prefix)
-        known = tail.startswith("prototypes.") or tail in (*LEARNED, "seen")
+        known = tail.startswith("prototypes.") or tail in LEARNED
         if not name.startswith(prefix) or not isinstance(x, Tensor) or x.is_meta or is_sharded(x):
             continue
         if known and x.is_floating_point() and not x.isfinite().all():
             raise ValueError(f"Expected finite numbers in {name!r} of the checkpoint, but it has others.")
+        if tail == "seen" and not (x >= 0).all():  # Infinity is many, in half precision.
+            raise ValueError(f"Expected counts in {name!r} of the checkpoint, but got {x.tolist()}.")
         if tail == "scale" and not ((x > 0) & (x < math.inf)).all():
             raise ValueError(f"Expected positive numbers in {name!r} of the checkpoint, but got {x.tolist()}.")
         if tail == "margin" and not ((x >= 0) & (x < math.pi)).all():

@@ -23,8 +23,8 @@ def warn_of_random_prototypes(due: set[str], seen: Tensor) -> None:
     due.discard("random")
     if not seen.any():
         warnings.warn(
-            "This head is in eval mode, but no training has seen any case: its prototypes are random. Train or imprint "
-            "it, or load its checkpoint after it was put into the model.",
+            "This head is in eval mode and has seen no training: its prototypes are random, which is right before "
+            "training only. Otherwise train or imprint it, or load its checkpoint after it was put into the model.",
             stacklevel=4,
         )
 

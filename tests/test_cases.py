@@ -1,11 +1,16 @@
 """Missing cases, and the converters of other projects' codes."""
 
+from contextlib import nullcontext
+
+import numpy as np
+import pandas as pd
 import pytest
 import reference
 import torch
+from roads import every_block
 
 from protohead import present_from_flags, present_from_missing_type, present_from_ragpt
-from protohead.cases import case_masks, case_names, nearest_case, present_from_case
+from protohead.cases import block_index, case_masks, case_names, nearest_case
 
 PAIR = ("image", "text")
 COMPLETE, NO_TEXT, NO_IMAGE = [True, True], [True, False], [False, True]
@@ -39,6 +44,8 @@ def test_wrong_modality_names(names):
         (["image", "image"], "twice"),
         (["image"], "'text' is in none"),
         ([], "'image' is in none"),
+        ("image+text", "'shared', 'all' or a list of names, but got 'image.text'"),
+        ("everything", "but got 'everything'"),
     ],
 )
 def test_wrong_cases(cases, match):
@@ -47,30 +54,16 @@ def test_wrong_cases(cases, match):
 
 
 @pytest.mark.parametrize("modalities", [1, 2, 3, 5])
-def test_masks_to_indices_and_back(modalities):
+def test_each_case_is_its_own_nearest(modalities):
     masks = case_masks([f"m{i}" for i in range(modalities)])
     present = torch.cat([masks, torch.zeros(1, modalities, dtype=torch.bool)])
-    index = nearest_case(present, masks)
-    assert index.tolist() == list(range(2**modalities))
-    assert torch.equal(present_from_case(index, masks), present)
+    assert nearest_case(present, masks).tolist() == list(range(2**modalities))
     assert nearest_case(present[:0], masks).shape == (0,)
-    assert present_from_case(index[:0], masks).shape == (0, modalities)
 
 
 def test_two_modalities_are_numbered_as_in_map():
     present = present_from_missing_type([0, 1, 2], PAIR)
     assert nearest_case(present, case_masks(PAIR)).tolist() == [0, 1, 2]
-
-
-@pytest.mark.parametrize("index", [-1, 4])
-def test_no_case_index_wraps_around(index):
-    with pytest.raises(IndexError):
-        present_from_case(torch.tensor([0, index]), case_masks(PAIR))
-
-
-def test_case_indices_must_be_integers():
-    with pytest.raises(TypeError, match="int64"):
-        present_from_case(torch.tensor([True, False]), case_masks(PAIR))
 
 
 def test_nearest_case_for_every_row_and_every_allowed_subset():
@@ -153,11 +146,56 @@ def test_flags():
 
 
 @pytest.mark.parametrize(
+    "column",
+    [
+        [True, None, False, True],
+        [True, float("nan"), None, True],
+        [True, pd.NA, False, True],
+        (True, np.False_, np.nan, np.True_),
+        np.array([True, None, np.nan, True], dtype=object),
+        pd.Series([True, None, False, True]),
+        pd.Series([True, pd.NA, False, True], dtype="boolean"),
+        pd.Series([True, False, False, True], index=list("wxyz")),
+        torch.tensor([True, False, False, True]),
+    ],
+    ids=lambda x: None,
+)
+def test_columns_of_flags(column):
+    assert present_from_flags({"image": column}, PAIR)[:, 0].tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize("columns", [["text", "image"], ["image"]])
+def test_a_data_frame_of_flags(columns):
+    frame = pd.DataFrame({"text": [True, None, True], "image": [None, True, True]}, index=[7, 3, 5])[columns]
+    expected = torch.tensor([[False, True], [True, False], [True, True]]) & torch.tensor([True, "text" in columns])
+    assert torch.equal(present_from_flags(frame, PAIR), expected)
+    with pytest.raises(ValueError, match=r"but got \['id'\]"):
+        present_from_flags(frame.assign(id=[1, 2, 3]), PAIR)
+
+
+@pytest.mark.parametrize("road", [nullcontext, every_block])
+def test_blocks(road):
+    masks = case_masks(["a", "b", "c"], ["a+b+c", "a+b", "c"])
+    present = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 1], [0, 1, 1], [0, 0, 0]]).bool()
+    with road():
+        case, block = block_index(present, masks)
+        assert case[:4].tolist() == [0, 1, 2, 0]
+        assert block.tolist() == [[0, 0, 0], [1, -1, -1], [-1, -1, 1], [-1, 0, 0], [-1, -1, -1]]
+        seen = torch.tensor([[True, False, True], [False, False, False], [False, False, False]])
+        case, block = block_index(present, masks, seen)
+        assert case[:4].tolist() == [0, 0, 0, 0]
+        assert block.tolist() == [[0, -1, 0], [0, -1, -1], [-1, -1, 0], [-1, -1, 0], [-1, -1, -1]]
+        nothing = block_index(present, masks, torch.zeros_like(seen))
+        assert torch.equal(nothing[1], block_index(present, masks)[1])
+
+
+@pytest.mark.parametrize(
     ("flags", "match"),
     [
         ({"image": [True, 1]}, "got 1 for 'image' in row 1"),
         ({"image": ["a.png"]}, "got 'a.png' for 'image' in row 0"),
-        ({"image": [float("nan")]}, "got nan"),
+        ({"image": [True, 1.0]}, "got 1.0 for 'image' in row 1"),
+        ({"image": ["nan"]}, "got 'nan'"),
         ({"img": [True]}, r"\['img'\]"),
         ({"image": [True], "text": [True, False]}, "'image': 1, 'text': 2"),
         ({"image": None}, "at least one column"),

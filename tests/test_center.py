@@ -103,12 +103,15 @@ def test_encoders_that_drift_are_followed(road):
             trainer.step(*toy(64, seed=i))
         width = spread(trainer.head)
         shift = 100 * width / 4  # In each of 16 features: 100 times the usual distance from the center.
-        for bound, steps in ((5.0, 100), (0.2, 200)):
+        for bound, steps in ((5.0, 50), (0.2, 100)):
             for i in range(steps):
-                trainer.step(*toy(256, seed=i, shift=shift))
+                with torch.no_grad():
+                    trainer.head.loss(*toy(512, seed=i, shift=shift))
             moved = torch.cat([x.mean(0) for x in toy(4000, seed=5, shift=shift)[0].values()])
             assert (trainer.head.center - moved).norm() < bound * width
-        assert accuracy(trainer.head, shift=shift) == 1
+        for i in range(20):
+            trainer.step(*toy(64, seed=i, shift=shift))
+    assert accuracy(trainer.head, shift=shift) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -4,50 +4,81 @@ import shutil
 
 import pytest
 import torch
-import torch.nn.functional as F
 from test_formula import every_case, make
 
-BACKENDS = [
-    "aot_eager",
-    pytest.param("inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")),
-]
+from protohead import DecoupledPrototypeHead
+from protohead.objective import Objective
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, from inside the compiler
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own, from inside the compiler
-@pytest.mark.parametrize("modalities", [2, 3])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_compiled_training_step_with_a_dynamic_batch(backend, modalities):
+def fresh():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    head, twin = make(modalities, torch.float32), make(modalities, torch.float32)
 
-    def step(features, present, labels, head):
-        logits = head(features, present, labels)
-        return F.cross_entropy(logits, labels) + 0.9 * head.prototype_loss()
 
-    compiled = torch.compile(lambda *batch: step(*batch, head), fullgraph=True, dynamic=True, backend=backend)
-    for rows in (1, 2, 3):
+def check_training(objective, sizes, **options):
+    """The same losses, gradients and buffers from a compiled head as from its twin."""
+    fresh()
+    head, twin = make(2, torch.float32), make(2, torch.float32)
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager", **options)
+    for rows in sizes:
         features, present = every_case(head, rows)
         leaves = [{name: x.clone().requires_grad_() for name, x in features.items()} for _ in range(2)]
         labels = torch.arange(len(present)) % 4
-        losses = compiled(leaves[0], present, labels), step(leaves[1], present, labels, twin)
-        for loss, model in zip(losses, (head, twin), strict=True):
+        results = compiled(leaves[0], present, labels, objective), twin(leaves[1], present, labels, objective)
+        torch.testing.assert_close(*results, rtol=0, atol=1e-5)
+        for result, model in zip(results, (head, twin), strict=True):
             model.zero_grad()
-            loss.backward()
-        torch.testing.assert_close(*losses, rtol=0, atol=1e-5)
+            result.sin().sum().backward()
         for a, b in zip(
             [*leaves[0].values(), *head.parameters()], [*leaves[1].values(), *twin.parameters()], strict=True
         ):
-            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
-    assert head.seen_cases == twin.seen_cases == head.cases
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+    for a, b in zip(head.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.filterwarnings("ignore")
+def test_compiled_training_with_a_dynamic_batch():
+    check_training(None, (1, 2, 3), dynamic=True)
+
+
+def test_compiled_objective():
+    """Margins, sub-cases, the center, the marks, the prototype loss."""
+    check_training(Objective(label_smoothing=0.1), (2,))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")
+def test_inductor():
+    """One kernel file each way: what it takes is the C++ compiler's time."""
+    fresh()
+    head = DecoupledPrototypeHead({"a": 5, "b": 3}, 4)
+    features, present = every_case(head, rows=2)
+    features["a"][~present[:, 0]] = float("nan")
+    expected = head(features, present)
+    expected_grads = torch.autograd.grad(expected.sin().sum(), list(head.parameters()))
+    marks, compiled = head.seen.clone(), torch.compile(head, fullgraph=True)
+    logits = compiled(features, present)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(logits.sin().sum(), list(head.parameters())), expected_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert torch.equal(head.seen, 2 * marks)
+
+
+def test_compiled_options_of_the_objective():
+    fresh()
+    compiled = torch.compile(head := make(2, torch.float32), fullgraph=True, backend="eager")
+    features, present = every_case(head)
+    labels = torch.arange(len(present)) % 4
+    expected = make(2, torch.float32)(features, present, labels, {"subcase_weight": 0.2})
+    torch.testing.assert_close(compiled(features, present, labels, {"subcase_weight": 0.2}), expected)
+
+
 def test_compiled_forms_of_the_input():
-    torch._dynamo.reset()
+    fresh()
     head = make(2, torch.float32).eval()
-    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(head, fullgraph=True, backend="eager")
     features, present = every_case(head)
     concatenated = torch.cat(list(features.values()), dim=1)
     multi_hot = torch.rand(len(present), 4)
@@ -57,7 +88,6 @@ def test_compiled_forms_of_the_input():
         torch.testing.assert_close(compiled(features, present), head(features, present), rtol=0, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_traced_graph_follows_the_mask_of_each_batch():
     head = make(2, torch.float32).eval().requires_grad_(False)
     features, present = every_case(head)
@@ -67,9 +97,9 @@ def test_a_traced_graph_follows_the_mask_of_each_batch():
         torch.testing.assert_close(traced(*features.values(), mask), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_export_of_the_eval_forward():
-    head = make(2, torch.float32)
+@pytest.mark.parametrize("cases", ["all", "shared"])
+def test_export_of_the_eval_forward(cases):
+    head = DecoupledPrototypeHead({"a": 5, "b": 3}, 4, cases=cases)
     features, present = every_case(head)
     head(features, present[:1].repeat(8, 1))  # One seen case: the fall-back is exported as well.
     head.eval()

@@ -178,7 +178,7 @@ def test_trained_encoders_and_several_labels(tmp_path, tiny, monkeypatch, layout
         finetune(monkeypatch, *arguments, *trainable, "--epochs", 3)
     else:
         finetune(monkeypatch, *arguments, "--amp")
-    print(table(output / "scores.csv"));    scores, settings = table(output / "scores.csv"), json.loads((output / "settings.json").read_text())
+    scores, settings = table(output / "scores.csv"), json.loads((output / "settings.json").read_text())
     assert [int(line["count"]) for line in scores] == [
         sum(bool(row.image) == image and bool(row.text) == text for row in rows[450:])
         for image, text in ((True, True), (True, False), (False, True))

@@ -17,13 +17,14 @@ README = (ROOT / "README.md").read_text()
 def test_code_blocks_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     torch.manual_seed(0)
     names = {}
     for block in blocks:
         exec(block, names)
     assert names["predicted"].shape == (4,)
     assert names["head"].cases == names["head"].seen_cases == ("image+text",)
+    assert names["hub_head"].num_classes == 13
     assert (tmp_path / "model.safetensors").exists()
 
 
@@ -41,7 +42,7 @@ def test_the_models_are_those_of_the_tests():
 
 
 def test_named_functions_exist():
-    for module, name in re.findall(r"`(cases|functional|DecoupledPrototypeHead)\.(\w+)`", README):
+    for module, name in re.findall(r"`(cases|functional|objective|DecoupledPrototypeHead)\.(\w+)`", README):
         owner = protohead.DecoupledPrototypeHead if module[0] == "D" else getattr(protohead, module)
         assert callable(getattr(owner, name))
 
@@ -66,6 +67,6 @@ def test_table_is_in_the_quickstarts_form():
         assert number.sub("0", line) == number.sub("0", expected)
 
 
-def test_version_is_told_once():
+def test_version_stands_in_one_place():
     assert f"version: {protohead.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"## {protohead.__version__} - " in (ROOT / "CHANGELOG.md").read_text()

@@ -253,7 +253,11 @@ def test_reset_with_a_frozen_bias_trains_the_prototypes():
     [
         ({"shared_space": True}, {}, "shared_space=True, but got one with False"),
         ({}, {"shared_space": True}, "shared_space=False, but got one with True"),
-        ({"class_names": list("abcd")}, {"class_names": list("abdc")}, r"class_names=\['a', 'b', 'c', 'd'\], but got one"),
+        (
+            {"class_names": list("abcd")},
+            {"class_names": list("abdc")},
+            r"class_names=\['a', 'b', 'c', 'd'\], but got one",
+        ),
     ],
 )
 def test_what_shapes_do_not_tell_is_refused(own, theirs, match):
@@ -309,7 +313,7 @@ def test_wrong_class_names(names, error, match):
         ("prototypes.text", math.nan, "finite numbers in '0.prototypes.text'"),
         ("bias", math.inf, "finite numbers in '0.bias'"),
         ("center", math.nan, "finite numbers in '0.center'"),
-        ("seen", math.nan, "finite numbers in '0.seen'"),
+        ("seen", math.nan, "counts in '0.seen'"),
         ("scale", -1.0, r"positive numbers in '0.scale' of the checkpoint, but got \[-1.0"),
         ("scale", 0.0, "positive"),
         ("scale", math.nan, "positive"),

@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+from roads import UNTRAINED
 
 import protohead
 from protohead import DecoupledPrototypeHead
+
+pytestmark = UNTRAINED
 
 WIDTHS = {"image": 4, "text": 3}
 IMAGE, TEXT = torch.ones(2, 4), torch.ones(2, 3)
@@ -27,19 +30,25 @@ LABELS = torch.tensor([0, 4])
         ({"in_features": {"a,b": 4}}, ValueError, "got 'a,b'"),
         ({"num_classes": 0}, ValueError, "`num_classes` to be a positive integer, but got 0"),
         ({"num_classes": True}, ValueError, "got True"),
-        ({"scale": 0}, ValueError, r"`scale` to be positive, for each of the cases .*'text'\), but got \[0.0"),
+        ({"scale": 0}, ValueError, r"`scale` to be positive, for each of the cases .*text',\), but got \[0.0"),
         ({"scale": float("nan")}, ValueError, "`scale`"),
         ({"scale": "32"}, TypeError, "`scale` to be a number, or numbers by case, but got '32'"),
         ({"scale": True}, TypeError, "got True"),
         ({"margin": [0.1, 0.2, 0.3]}, TypeError, "`margin` .* got .0.1, 0.2, 0.3."),
-        ({"scale": {"image+text": 32}}, ValueError, r"`scale` to name exactly .*'text'\), but got \('image\+text',\)"),
-        ({"scale": float("inf")}, ValueError, r"`scale` to be positive, .*'text'\), but got \[inf"),
+        ({"scale": {"image": 32}}, ValueError, r"`scale` to name exactly .*text',\), but got \('image',\)"),
+        (
+            {"scale": {"image+text": 32}, "cases": "all"},
+            ValueError,
+            r"`scale` to name exactly .*'text'\), but got \('image\+text',\)",
+        ),
+        ({"scale": float("inf")}, ValueError, r"`scale` to be positive, .*text',\), but got \[inf"),
         ({"scale": None}, TypeError, "got None"),
         ({"margin": math.pi}, ValueError, "`margin`"),
         ({"margin": -0.1}, ValueError, "`margin`"),
-        ({"margin": 30}, ValueError, r"radians, for each of the cases .*'text'\), but got \[30.0"),
+        ({"margin": 30}, ValueError, r"radians, for each of the cases .*text',\), but got \[30.0"),
         ({"margin": {"image+text": 0.1, "image": 0.1, "txt": 0.1}}, ValueError, "'txt'"),
         ({"cases": ["image+text", "audio"]}, ValueError, r"got \['audio'\]"),
+        ({"cases": "image+text"}, ValueError, "`cases` to be 'shared', 'all' or a list of names, but got 'image.text'"),
         ({"shared_space": True}, ValueError, "equal widths .*'image': 4, 'text': 3"),
     ],
 )
@@ -68,18 +77,25 @@ def test_construction(arguments, error, match):
             BOTH.long(),
             None,
             TypeError,
-            "bool tensor, but got torch.int64; .* takes torch.as_tensor",
+            r"bool tensor, .*, but got torch.int64. .*as_tensor\(mask\).bool\(\); protohead.present_from_flags .*_type",
         ),
-        ({"image": IMAGE, "text": TEXT}, [[True, True]] * 2, None, TypeError, "bool tensor, but got list"),
-        ({}, [[True, True]], None, TypeError, "bool tensor, but got list"),
+        (
+            {"image": IMAGE, "text": TEXT},
+            [[True, True]] * 2,
+            None,
+            TypeError,
+            "bool tensor, or columns by name, but got list",
+        ),
+        ({}, [[True, True]], None, TypeError, "bool tensor, or columns by name, but got list"),
         ({}, torch.tensor(True), None, ValueError, r"\(B, 2\) .*, but got \(\)"),
         ({"image": IMAGE}, None, torch.full((2, 5), -0.5), ValueError, "got -0.5 in row 0"),
         ({"image": IMAGE}, BOTH, None, ValueError, "'text', which `present` says that row 0 has"),
         ({"image": IMAGE, "text": None}, BOTH, None, ValueError, "'text'"),
         ({"image": IMAGE}, None, LABELS.float(), ValueError, r"point \(B, 5\), but got torch.float32 \(2,\) for B = 2"),
         ({"image": IMAGE}, None, LABELS[:1], ValueError, r"int64 \(B,\), .*, but got torch.int64 \(1,\) for B = 2"),
-        ({"image": IMAGE}, None, LABELS.int(), TypeError, "got torch.int32"),
-        ({"image": IMAGE}, None, [0, 4], TypeError, "got list"),
+        ({"image": IMAGE}, None, LABELS.int(), TypeError, r"got torch.int32; `.long\(\)` casts classes, `.float\(\)`"),
+        ({"image": IMAGE}, None, LABELS.bool(), TypeError, r"got torch.bool; .*`.float\(\)` several labels a row"),
+        ({"image": IMAGE}, None, [0, 4], TypeError, "got list.$"),
         ({"image": IMAGE}, None, LABELS + 1, ValueError, r"in \[0, 5\), or -100, but got 5 in row 1"),
         ({"image": IMAGE}, None, LABELS - 1, ValueError, "got -1 in row 0"),
         ({"image": IMAGE}, None, torch.full((2, 5), 1.5), ValueError, r"in \[0, 1\], but got 1.5 in row 0"),
@@ -132,7 +148,7 @@ def test_another_device(name):
     ],
 )
 def test_constants_that_were_changed(name, value, match):
-    head = DecoupledPrototypeHead(WIDTHS, 5)
+    head = DecoupledPrototypeHead(WIDTHS, 5, cases="all")
     head({"image": IMAGE, "text": TEXT}, BOTH)  # What was right before does not hide it.
     setattr(head, name, value)
     for mode in (True, False):
