@@ -66,7 +66,7 @@ def _distances(
     x: Tensor, present: Tensor, mean: Tensor, count: Tensor, spread: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of one modality's rows: the bounded sum of their differences from the mean, their number, and their distances."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x.to(torch.promote_types(x.dtype, mean.dtype))  # The square of 1e19 overflows in float32.
     if is_readable(present):
         x = x[present]
         present = present[present]

@@ -110,7 +110,7 @@ def centered(x: Tensor, center: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """
     noise: Tensor | float = 0.0
     if center is not None:
-        x, noise = x - center, NOISE * torch.finfo(x.dtype).eps * torch.linalg.vector_norm(center)
+        x, noise = x - center, NOISE * torch.finfo(x.dtype).eps * torch.linalg.vector_norm(center, math.inf)
     norm = torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True)
     if is_readable(x) and x.shape[0]:  # Nearly all batches are what they should be.
         low, high = norm.aminmax()

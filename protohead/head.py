@@ -54,9 +54,6 @@ class DecoupledPrototypeHead(nn.Module):
         scale: (C,) buffer; change it in place, as in ``head.scale.fill_(16)``. So is `margin`, in radians.
         seen: (C, M) buffer: how many rows of each case, by modality, training has had.
 
-    Raises:
-        ValueError: If an argument is not as said. More than 128 cases are a warning.
-
     Example:
         >>> head = DecoupledPrototypeHead({"image": 4, "text": 3}, num_classes=5, cases="all")
         >>> present = torch.tensor([[True, True], [True, False]])
@@ -205,6 +202,7 @@ class DecoupledPrototypeHead(nn.Module):
             check_count("sample", sample)
         seen = (self.seen > 0) | ~(self.seen > 0).any()
         blocks = [seen[held > 0, m] for m, held in enumerate(self._masks.T)]
+        self.prototypes()  # What torch.nn.utils does to them is done anew.
         prototypes = [gather_for_loss(self.prototypes, name, self) for name in self.modalities]
         dtype = widest(*prototypes)
         with full_precision(seen.device):

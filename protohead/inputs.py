@@ -99,10 +99,12 @@ def _check_agreement(present: Tensor, zero: Tensor) -> None:
         present: (B, M) bool.
         zero: (B, M) bool, which inputs are all zeros.
     """
-    # In a complete row swapped columns do not show.
-    some = present & (~present.all(1, keepdim=True) | (present.shape[1] == 1))
-    wrong, right = (some & zero).sum(0), (some & ~zero).sum(0)
-    none_missing = ~(~present & zero).any(0) & ~present.all(0)
+    one = present.shape[1] == 1
+    # In a complete row swapped columns do not show; where they are swapped, what is called missing is there.
+    incomplete = ~present.all(1, keepdim=True) | one
+    unused = (~present & ~zero).any(1, keepdim=True) | one
+    wrong, right = (present & zero & unused).sum(0), (present & ~zero & incomplete).sum(0)
+    none_missing = ~(~present & zero).any(0) & ~present.all()
     contradicted = none_missing & (wrong >= right.clamp(min=2))
     if contradicted.any():
         m = int(contradicted.nonzero()[0])

@@ -58,6 +58,9 @@ class Objective:
             raise ValueError(f"Expected `class_weight` to be finite and not negative, but got {weight}.")
 
 
+OPTIONS = tuple(field.name for field in fields(Objective))
+
+
 def read_objective(options: Objective | Mapping[str, Any], num_classes: int) -> Objective:
     """The objective of some options.
 
@@ -65,9 +68,8 @@ def read_objective(options: Objective | Mapping[str, Any], num_classes: int) -> 
         ValueError: If an option is unknown or not as said.
     """
     if not isinstance(options, Objective):
-        known = tuple(field.name for field in fields(Objective))
-        if not isinstance(options, Mapping) or set(options) - set(known):
-            raise ValueError(f"Expected the objective to have some of the options {known}, but got {options!r}.")
+        if not isinstance(options, Mapping) or set(options) - set(OPTIONS):
+            raise ValueError(f"Expected the objective to have some of the options {OPTIONS}, but got {options!r}.")
         options = Objective(**options)
     weight = options.class_weight
     if weight is not None and len(weight) != num_classes:

@@ -128,7 +128,7 @@ def unpack(state: Any) -> dict[str, Any]:
         config = json.loads(bytes(state.flatten().double().round().long().tolist()).decode())
         if not isinstance(config, dict) or not set(MUST_AGREE) <= set(config):
             raise ValueError(f"Expected an object with {MUST_AGREE}.")
-    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+    except (AttributeError, TypeError, ValueError, RuntimeError, RecursionError) as error:
         raise ValueError(
             f"Expected the description of a head in `_extra_state`, but it cannot be read: {error}"
         ) from None

@@ -25,7 +25,7 @@ def warn_of_random_prototypes(due: set[str], seen: Tensor) -> None:
         warnings.warn(
             "This head is in eval mode and has seen no training: its prototypes are random, which is right before "
             "training only. Otherwise train or imprint it, or load its checkpoint after it was put into the model.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -57,4 +57,4 @@ def _check_center(due: set[str], center_rows: Tensor, grad: Tensor) -> None:
 def warn_of_eval_mode(parameters_are_trained: bool) -> None:
     """In eval mode where gradients of the objective are recorded."""
     if parameters_are_trained and torch.is_grad_enabled():
-        warnings.warn("Expected training mode: in eval mode no case is marked as seen; call train().", stacklevel=4)
+        warnings.warn("Expected training mode: in eval mode no case is marked as seen; call train().", stacklevel=7)

@@ -118,22 +118,20 @@ def test_encoders_that_drift_are_followed(road):
 @BOTH_ROADS
 def test_a_modality_that_never_changes_says_nothing(dtype, road):
     trainer = Trainer(dtype=torch.float64 if dtype == torch.float64 else None)
+    head, everything = trainer.head, torch.ones(63, 2, dtype=torch.bool)
     constant = torch.randn(16, generator=torch.Generator().manual_seed(1)).mul(7).to(dtype)
     with road():
-        for i in range(20):
-            features, present, labels = toy(64, seed=i, dtype=dtype)
-            features["b"] = constant.expand(64, 16)
+        for i in range(5):  # From the first batch on, whose mean is rounded.
+            features, present, labels = toy(63, seed=i, dtype=dtype)
+            features["b"] = constant.expand(63, 16)
             trainer.step(features, present, labels)
-        head, (features, _, _) = trainer.head.eval(), toy(64, seed=5, dtype=dtype)
-        with torch.no_grad():
-            head.bias.zero_()
-        features["b"] = constant.expand(64, 16)
-        everything = torch.ones(64, 2, dtype=torch.bool)
-        parts = head.contributions(features, everything)
-        assert not parts[:, 1].any()
-        assert parts[:, 0].any(1).all()
-        torch.testing.assert_close(head(features, everything), parts.sum(1))
-        assert not head({"b": features["b"]}).any()
+            with torch.no_grad():
+                head.bias.zero_()
+            parts = head.contributions(features, everything)
+            assert not parts[:, 1].any()
+            assert parts[:, 0].any(1).all()
+            torch.testing.assert_close(head(features, everything), parts.sum(1))
+            assert not head({"b": features["b"]}).any()
 
 
 @pytest.mark.parametrize("size", [1e-38, 1e-23, 1e19, 1e30])

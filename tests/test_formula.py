@@ -247,7 +247,7 @@ def test_many_modalities_with_few_cases():
             torch.testing.assert_close(head(x, present), expected)
 
 
-@pytest.mark.parametrize("size", [1e-38, 1e-23, 1e19, 1e30])
+@pytest.mark.parametrize("size", [1e-38, 1e-23, 1e-22, 1e19, 1e30])
 @BOTH_ROADS
 def test_size_of_features_does_not_matter(size, road):
     """Where float32 cannot hold their squares."""

@@ -124,6 +124,7 @@ def test_masks_that_are_right_are_not_refused():
         (zero_padded(MASK, fill=float("nan")), MASK),
         (one_dead, MASK),
         (zero_padded(MASK), part_missing),
+        ({**zero_padded(MASK), "text": torch.zeros(8, 5)}, MASK),  # Dead all over, but zero-padded as it says.
         (zero_padded(MASK), every),  # Zeros may be what a modality says.
         ({name: x * 0 for name, x in garbage.items()}, every),
         (garbage, ~every),

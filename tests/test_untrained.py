@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from protohead import DecoupledPrototypeHead
 
-RANDOM = "no training has seen any case: its prototypes are random"
+RANDOM = "This head is in eval mode and has seen no training.*prototypes are random"
 UNLEARNED = "its center has never been learned"
 X, LABELS = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), torch.arange(4)
 
