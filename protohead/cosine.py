@@ -52,7 +52,7 @@ def case_cosine(x: Tensor, prototypes: Tensor, block: Tensor, center: Tensor | N
         cosine = torch.cat([block_cosine(*part) for count, *part in parts if count or not sum(counts)])
     if whole:
         return cosine
-    return cosine.new_zeros(block.shape[0], prototypes.shape[1]).index_copy(0, rows, cosine)
+    return cosine.new_zeros(block.shape[0], prototypes.shape[1]).index_copy_(0, rows, cosine)
 
 
 def _rows_by_block(block: Tensor, blocks: int) -> tuple[Tensor, list[int]]:
@@ -92,9 +92,9 @@ class _BlockCosine(torch.autograd.Function):
             unit, scaled, along = x * a, grad * b, grad * cosine
             to_x = to_weight = None
             if ctx.needs_input_grad[0]:
-                to_x = (scaled @ weight - unit * along.sum(1, keepdim=True)) * a
+                to_x = (scaled @ weight).addcmul_(unit, along.sum(1, keepdim=True), value=-1).mul_(a)
             if ctx.needs_input_grad[2]:
-                to_weight = torch.addcmul(scaled.T @ unit, weight, (along.sum(0) * b * b)[:, None], value=-1)
+                to_weight = (scaled.T @ unit).addcmul_(weight, (along.sum(0) * b * b)[:, None], value=-1)
             return to_x, None, to_weight
 
 

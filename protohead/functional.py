@@ -69,8 +69,8 @@ def prototype_logits(
     if labels is not None and margin is not None:
         # A row without any modality keeps its zeros.
         cosine = add_angular_margin(cosine, labels, torch.where(count[:, 0] > 0, margin, 0))
-    logits = cosine * scale[:, None]
-    return logits if bias is None else logits + (count > 0) * bias
+    logits = cosine.mul_(scale[:, None])  # Nobody else has it.
+    return logits if bias is None else logits.add_((count > 0) * bias)
 
 
 def modality_logits(
