@@ -5,6 +5,7 @@ calls it in float32 or wider, outside autocast, since cosines reach 1 early in h
 """
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from einops import rearrange
@@ -63,9 +64,10 @@ def prototype_logits(
     """
     if centers is None:
         centers = [None] * len(features)
-    cosines = [case_cosine(*one) for one in zip(features, prototypes, block.unbind(1), centers, strict=True)]
+    each = zip(features, prototypes, block.unbind(1), centers, strict=True)
     count = (block >= 0).sum(1, keepdim=True)
-    cosine = sum(cosines[1:], cosines[0]) / count.clamp(min=1)
+    # One after the other, so that no more than two are held.
+    cosine = reduce(torch.add, (case_cosine(*one) for one in each)) / count.clamp(min=1)
     if labels is not None and margin is not None:
         # A row without any modality keeps its zeros.
         cosine = add_angular_margin(cosine, labels, torch.where(count[:, 0] > 0, margin, 0))
