@@ -73,9 +73,12 @@ def case_masks(modalities: Sequence[str], cases: str | Sequence[str] = "all") ->
     known = case_names(modalities)
     if isinstance(cases, str):
         if cases not in ("all", "shared"):
-            raise ValueError(f"Expected `cases` to be 'shared', 'all' or a list of names, but got {cases!r}.")
+            what = f"'shared', 'all' or a list of names, such as {[known[0]]}"
+            raise ValueError(f"Expected `cases` to be {what}, but got {cases!r}.")
         known = known if cases == "all" else known[:1]
     else:
+        if not isinstance(cases, Iterable):
+            raise TypeError(f"Expected `cases` to be 'shared', 'all' or a list of names, but got {cases!r}.")
         declared = list(cases)
         if unknown := [case for case in declared if case not in known]:
             raise ValueError(f"Expected `cases` to be among {known}, but got {unknown}.")
@@ -247,7 +250,10 @@ def present_from_flags(
     for name, column in columns.items():
         for row, value in enumerate(column):
             if not (isinstance(value, bool) or _is_empty(value)):
-                raise ValueError(f"Expected True, False or None, but got {value!r} for {name!r} in row {row}.")
+                raise ValueError(
+                    f"Expected True, False or None, but got {value!r} for {name!r} in row {row}. Of columns of 0 and 1 "
+                    "`columns == 1` makes such, of paths or texts `columns.notna()`."
+                )
     rows = next(iter(lengths.values()))
     table = [[value is True for value in columns.get(name, [None] * rows)] for name in modalities]
     return torch.tensor(table, dtype=torch.bool, device=device).T.contiguous()

@@ -23,7 +23,8 @@ def load_head(source: str | os.PathLike[str] | Mapping[str, Any]) -> DecoupledPr
 
     Args:
         source: A safetensors file: of ``head.state_dict()``, of a model that holds a head, or one that
-            :meth:`PrototypeClassifier.save` wrote. Or such a state_dict, for instance from ``torch.load``.
+            :meth:`PrototypeClassifier.save` wrote; or a folder with such a ``model.safetensors``. Or such a state_dict,
+            for instance from ``torch.load``.
 
     Returns:
         The head on the CPU, in eval mode.
@@ -40,7 +41,8 @@ def load_head(source: str | os.PathLike[str] | Mapping[str, Any]) -> DecoupledPr
     ends = [name.removesuffix("_extra_state") for name in state if name.endswith("_extra_state")]
     prefixes = [prefix for prefix in ends if {f"{prefix}scale", f"{prefix}margin", f"{prefix}seen"} <= set(state)]
     if len(prefixes) != 1:
-        raise ValueError(f"Expected the weights of exactly one head, but got {len(prefixes)}: {prefixes}.")
+        what = "with `scale`, `margin`, `seen` and `_extra_state`"
+        raise ValueError(f"Expected the weights of exactly one head, {what}, but got {len(prefixes)}: {prefixes}.")
     (prefix,) = prefixes
     own = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
     config = unpack(own["_extra_state"])
@@ -119,11 +121,13 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, st
     """The tensors and the metadata of a safetensors file."""
     from safetensors import SafetensorError, safe_open
 
+    path = Path(path) / "model.safetensors" if os.path.isdir(path) else path
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"Expected a safetensors file, but {path} cannot be read: {error}") from None
+        what = f"Expected a safetensors file, but {path} cannot be read ({error})"
+        raise ValueError(f"{what}; what torch.save wrote takes torch.load.") from None
 
 
 def _read_samples(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> dict[str, list[float]]:

@@ -52,6 +52,8 @@ class PrototypeClassifier(nn.Module):
 
     def __init__(self, encoders: Mapping[str, Encoder] | Encoder, head: DecoupledPrototypeHead) -> None:
         super().__init__()
+        if isinstance(encoders, nn.ModuleDict):
+            encoders = dict(encoders.items())
         joint = not isinstance(encoders, Mapping)
         if not isinstance(encoders, Mapping):
             encoders = dict.fromkeys(head.modalities, encoders)

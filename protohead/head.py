@@ -156,7 +156,7 @@ class DecoupledPrototypeHead(nn.Module):
             features: As in :meth:`forward`.
             present: As in :meth:`forward`.
             labels: As in :meth:`forward`.
-            **options: `prototype_weight`, `subcase_weight`, `class_weight` and `label_smoothing`.
+            **options: `prototype_weight` (λ, 0.9), `subcase_weight` (0.5), `class_weight` and `label_smoothing` (0).
 
         Raises:
             ValueError: As :meth:`forward`, or if an option is not as said. Eval mode is a warning.
@@ -272,7 +272,8 @@ class DecoupledPrototypeHead(nn.Module):
         """Refuse the checkpoint of another head; take over its class names."""
         config = state.unpack(extra)
         state.check_same_head(config, state.description(self))
-        self.class_names = self.class_names or check_names(config.get("class_names"), self.num_classes)
+        if config.get("num_classes") == self.num_classes:  # Else torch names the weights of other shapes.
+            self.class_names = self.class_names or check_names(config.get("class_names"), self.num_classes)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DecoupledPrototypeHead":
         # Buffers follow the device only: `half()` must not round a margin, nor `to_empty()` wipe what was seen.

@@ -56,7 +56,7 @@ def read_features(
     if len(tensors) == len(widths):
         # Most batches need no closer look: no feature that is present begins with a zero.
         if _is_enough(mask) and (mask & torch.stack([x[:, 0] == 0 for x in rows], dim=1)).any():
-            _check_agreement(mask, torch.stack([(x == 0).all(1) for x in rows], dim=1))
+            _check_agreement(mask, torch.stack([(x == 0).all(1) for x in rows], dim=1), tuple(widths))
         return rows, mask
     return rows, _without_absent(mask, [name in tensors for name in widths], tuple(widths))
 
@@ -92,26 +92,28 @@ def _is_enough(present: Tensor) -> bool:
     return is_readable(present) and present.shape[0] >= ENOUGH
 
 
-def _check_agreement(present: Tensor, zero: Tensor) -> None:
+def _check_agreement(present: Tensor, zero: Tensor, modalities: Sequence[str]) -> None:
     """Refuse a mask that the inputs contradict: inverted, or with its columns swapped.
 
     Args:
         present: (B, M) bool.
         zero: (B, M) bool, which inputs are all zeros.
+        modalities: The M names in order.
     """
-    one = present.shape[1] == 1
+    # A column that is inverted is wrong in every row.
+    wrong, right = (present & zero).sum(0), (present & ~zero).sum(0)
+    inverted = (wrong >= 2) & (right == 0) & ~present.all(0)
     # In a complete row swapped columns do not show; where they are swapped, what is called missing is there.
-    incomplete = ~present.all(1, keepdim=True) | one
-    unused = (~present & ~zero).any(1, keepdim=True) | one
-    wrong, right = (present & zero & unused).sum(0), (present & ~zero & incomplete).sum(0)
-    none_missing = ~(~present & zero).any(0) & ~present.all()
-    contradicted = none_missing & (wrong >= right.clamp(min=2))
+    doubted = (present & zero & (~present & ~zero).any(1, keepdim=True)).sum(0)
+    sure = (present & ~zero & ~present.all(1, keepdim=True)).sum(0)
+    swapped = (doubted >= sure.clamp(min=2)) & (present.shape[1] > 1)
+    contradicted = (inverted | swapped) & ~(~present & zero).any(0)
     if contradicted.any():
         m = int(contradicted.nonzero()[0])
         raise ValueError(
             "Expected `present` to be True where a modality is there, its columns in the order of the modalities, but "
-            f"of column {m} {int(wrong[m])} inputs that it calls present are zeros, and none that it calls missing: it "
-            "is inverted, or its columns are swapped."
+            f"{modalities[m]!r} is all zeros in {int(wrong[m])} rows that have it by `present`, and in no row that "
+            "lacks it: the mask is inverted, or its columns are swapped."
         )
 
 
@@ -169,7 +171,7 @@ def check_inputs(inputs: Mapping[str, Any], present: Present | None, modalities:
             row = lacking.nonzero()[0].item()
             raise ValueError(f"Expected inputs of {name!r}, which `present` says that row {row} has; got none.")
     if _is_enough(mask) and all(_is_on_cpu(x) for x in columns.values()):
-        _check_agreement(mask, ~torch.stack([_rows_there(x) for x in columns.values()], dim=1))
+        _check_agreement(mask, ~torch.stack([_rows_there(x) for x in columns.values()], dim=1), modalities)
     return mask
 
 
@@ -225,11 +227,10 @@ def check_labels(labels: Tensor, batch: int, num_classes: int, device: torch.dev
     """(B,) int64 in [0, K) or -100, or (B, K) floating-point in [0, 1]; on the device, where one is given."""
     wanted = f"int64 (B,), or floating-point (B, {num_classes})"  # Writing `batch` out here would fix it in a graph.
     if not isinstance(labels, Tensor) or not (labels.dtype == torch.int64 or labels.is_floating_point()):
-        cast = "; `.long()` casts classes, `.float()` several labels a row" if isinstance(labels, Tensor) else ""
-        raise TypeError(f"Expected argument `labels` to be {wanted}, but got {_kind(labels)}{cast}.")
+        raise TypeError(f"Expected argument `labels` to be {wanted}, but got {_kind(labels)}{_cast(labels)}.")
     if labels.shape != ((batch, num_classes) if labels.is_floating_point() else (batch,)):
         got = f"{labels.dtype} {tuple(labels.shape)} for B = {batch}"
-        raise ValueError(f"Expected argument `labels` to be {wanted}, but got {got}.")
+        raise ValueError(f"Expected argument `labels` to be {wanted}, but got {got}{_cast(labels)}.")
     if device is not None:
         check_device("labels", labels, device)
     if not is_readable(labels):
@@ -252,6 +253,15 @@ def check_finite(what: str, x: Tensor, rows: Tensor) -> None:
     """No NaN or infinity in some of the rows, (N,) bool."""
     if (wrong := rows & ~x.isfinite().all(1)).any():
         raise ValueError(f"Expected finite {what}, but row {int(wrong.nonzero()[0])} has others.")
+
+
+def _cast(labels: Any) -> str:
+    """What would make labels of what came, for an error."""
+    if not isinstance(labels, Tensor):
+        return "; torch.as_tensor(labels) makes a tensor"
+    if labels.dim() == 1:
+        return "; `.long()` casts one class a row" * (labels.dtype != torch.int64)
+    return "; `.float()` casts several labels a row" * (not labels.is_floating_point())
 
 
 def _kind(value: Any) -> object:

@@ -24,7 +24,8 @@ def warn_of_random_prototypes(due: set[str], seen: Tensor) -> None:
     if not seen.any():
         warnings.warn(
             "This head is in eval mode and has seen no training: its prototypes are random, which is right before "
-            "training only. Otherwise train or imprint it, or load its checkpoint after it was put into the model.",
+            "training only. Otherwise train it in train mode or imprint it, or load its checkpoint after it was put "
+            "into the model.",
             stacklevel=5,
         )
 
@@ -50,11 +51,14 @@ def _check_center(due: set[str], center_rows: Tensor, grad: Tensor) -> None:
             "This head is trained through its logits, but its center has never been learned, nor are sub-cases "
             "trained: only `head.loss(features, present, labels)`, or `objective=`, does that. `centered=False` makes "
             "a head without a center, as the paper's.",
-            stacklevel=2,
+            stacklevel=5,
         )
 
 
 def warn_of_eval_mode(parameters_are_trained: bool) -> None:
     """In eval mode where gradients of the objective are recorded."""
     if parameters_are_trained and torch.is_grad_enabled():
-        warnings.warn("Expected training mode: in eval mode no case is marked as seen; call train().", stacklevel=7)
+        warnings.warn(
+            "Expected training mode: in eval mode no case is marked as seen, nor the center learned; call train().",
+            stacklevel=7,
+        )

@@ -44,7 +44,7 @@ def test_wrong_modality_names(names):
         (["image", "image"], "twice"),
         (["image"], "'text' is in none"),
         ([], "'image' is in none"),
-        ("image+text", "'shared', 'all' or a list of names, but got 'image.text'"),
+        ("image+text", r"'shared', 'all' or a list of names, such as \['image.text'\], but got 'image.text'"),
         ("everything", "but got 'everything'"),
     ],
 )

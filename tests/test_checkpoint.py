@@ -79,6 +79,7 @@ def test_the_hubs_mixin(tmp_path):
     head.loss(torch.randn(8, 8), None, torch.arange(8) % 4)
     head.save_pretrained(tmp_path)
     same(HubHead.from_pretrained(tmp_path).eval(), head.eval())
+    assert load_head(tmp_path).extra_repr() == head.extra_repr()
     assert load_head(tmp_path / "model.safetensors").extra_repr() == head.extra_repr()
 
 
@@ -91,10 +92,10 @@ def test_the_hubs_mixin_sorts_names_which_is_refused(tmp_path):
 
 def test_not_exactly_one_head():
     state = trained_head().state_dict()
-    with pytest.raises(ValueError, match=r"exactly one head, but got 0: \[\]"):
+    with pytest.raises(ValueError, match=r"exactly one head, .* but got 0: \[\]"):
         load_head({name: x for name, x in state.items() if name != "_extra_state"})
     two = {f"{prefix}.{name}": x for prefix in "ab" for name, x in state.items()}
-    with pytest.raises(ValueError, match=r"exactly one head, but got 2: \['a\.', 'b\.'\]"):
+    with pytest.raises(ValueError, match=r"exactly one head, .* but got 2: \['a\.', 'b\.'\]"):
         load_head(two)
 
 

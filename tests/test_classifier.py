@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from protohead import DecoupledPrototypeHead, PrototypeClassifier
+from protohead import DecoupledPrototypeHead, PrototypeClassifier, attach
 
 # Most of these heads are scored as they were made, or trained through their logits.
 pytestmark = [
@@ -600,3 +600,10 @@ def test_present_by_name():
     assert torch.equal(model(inputs, columns), model(inputs, PRESENT))
     for name, x in model.encode(inputs, columns).items():
         assert torch.equal(x, model.encode(inputs, PRESENT)[name])
+
+
+def test_a_module_dict_is_a_mapping_of_encoders():
+    encoders = nn.ModuleDict({"image": nn.Linear(7, 5), "text": nn.Linear(6, 4)})
+    model = PrototypeClassifier(encoders, DecoupledPrototypeHead({"image": 5, "text": 4}, 3))
+    assert model(batch(), PRESENT).shape == (6, 3)
+    assert set(attach(encoders, 3, in_features={"image": 5, "text": 4}).encoders) == {"image", "text"}

@@ -90,7 +90,10 @@ METHODS = {
 def test_an_inverted_mask_is_refused(modalities, training, method):
     mask = MASK[:, :modalities]
     head = build(modalities).train(training)
-    with pytest.raises(ValueError, match=r"inputs that it calls present are zeros, .*: it is inverted, or its columns"):
+    with pytest.raises(
+        ValueError,
+        match=r"is all zeros in \d+ rows that have it by `present`, .*: the mask is inverted, or its columns",
+    ):
         METHODS[method](head, zero_padded(mask), ~mask)
     assert head.seen_cases == ()
     assert not head.center.any()
@@ -107,7 +110,9 @@ def test_swapped_columns_of_two_modalities_are_refused():
     mask = torch.tensor([[True, False]] * 5 + [[True, True]] * 30)  # One is always there.
     both = torch.tensor([[True, False]] * 3 + [[False, True]] * 4 + [[True, True]] * 5)
     for each in (mask, mask.flip(1), both):
-        with pytest.raises(ValueError, match="inputs that it calls present are zeros, and none that it calls missing"):
+        with pytest.raises(
+            ValueError, match=r"is all zeros in \d+ rows that have it by `present`, and in no row that lacks it"
+        ):
             build(2)(zero_padded(each), each.flip(1))
 
 
@@ -168,3 +173,14 @@ def test_a_modality_that_is_left_out_of_a_compiled_graph_is_missing():
             head(given, present)
         torch.testing.assert_close(compiled(given, present), head(full, present & there))
         torch.testing.assert_close(compiled(given, MASK), head(full, MASK & there))
+
+
+def test_one_inverted_column_is_refused():
+    """As `notna` of one column and `isna` of the other give it, also where no other modality is missing."""
+    for others in (torch.tensor([True, False, True] * 4), torch.ones(12, dtype=torch.bool)):
+        right = torch.stack([others, torch.arange(12) % 2 == 0], dim=1)
+        x = torch.cat([torch.randn(12, 4) * right[:, :1], torch.randn(12, 3) * right[:, 1:]], dim=1)
+        head = DecoupledPrototypeHead({"image": 4, "text": 3}, 5)
+        head(x, right)
+        with pytest.raises(ValueError, match="'text' is all zeros in 6 rows that have it"):
+            head(x, torch.stack([right[:, 0], ~right[:, 1]], dim=1))

@@ -121,6 +121,8 @@ def _read_backbone(backbone: Any) -> tuple[Any, dict[str, Any] | None, list[tupl
     for family in (open_clip, transformers):
         if family.fits(backbone):
             return *family.encoders(backbone), list(backbone.named_parameters())
+    if isinstance(backbone, nn.ModuleDict):
+        backbone = dict(backbone.items())
     if isinstance(backbone, Mapping):
         named = [(f"{name}.{tail}", p) for name, x in backbone.items() for tail, p in parameters_of(x)]
         return dict(backbone), None, named
