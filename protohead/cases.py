@@ -6,6 +6,7 @@ Cases are ordered by the number of modalities present, descending, then in modal
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
+from numbers import Real
 from typing import Any
 
 import torch
@@ -77,9 +78,7 @@ def case_masks(modalities: Sequence[str], cases: str | Sequence[str] = "all") ->
             raise ValueError(f"Expected `cases` to be {what}, but got {cases!r}.")
         known = known if cases == "all" else known[:1]
     else:
-        if not isinstance(cases, Iterable):
-            raise TypeError(f"Expected `cases` to be 'shared', 'all' or a list of names, but got {cases!r}.")
-        declared = list(cases)
+        declared = list(cases) if isinstance(cases, Iterable) else [cases]
         if unknown := [case for case in declared if case not in known]:
             raise ValueError(f"Expected `cases` to be among {known}, but got {unknown}.")
         if len(set(declared)) < len(declared):
@@ -113,18 +112,18 @@ def nearest_case(present: Tensor, masks: Tensor, allowed: Tensor | None = None) 
         >>> nearest_case(torch.tensor([[False, True]]), masks, torch.tensor([True, True, False])).tolist()
         [0]
     """
-    return torch.where(present.any(1), _nearest(present, masks, allowed), len(masks))
+    return torch.where(present.any(1), _rank(present, masks, allowed).argmax(1), len(masks))
 
 
-def _nearest(present: Tensor, masks: Tensor, allowed: Tensor | None) -> Tensor:
-    """:func:`nearest_case`, any where nothing is present."""
+def _rank(present: Tensor, masks: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """(B, C) numbers, the highest that of the nearest case; of equals, the first counts."""
     shared = present.float() @ masks.float().T  # (B, C); small whole numbers are exact
     # One number ranks the cases: those that hold all that the row has, smallest first, are above M, the others below.
     holds_all = 2 * masks.shape[1] + 1 - masks.sum(1)
     rank = torch.where(shared == present.sum(1, keepdim=True), holds_all, shared)
     if allowed is not None:
         rank = torch.where(allowed, rank, -1)
-    return rank.argmax(1)  # The first of equals.
+    return rank
 
 
 def block_index(present: Tensor, masks: Tensor, seen: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -136,8 +135,8 @@ def block_index(present: Tensor, masks: Tensor, seen: Tensor | None = None) -> t
         seen: (C, M) bool, the modalities of each case that can be used; all by default, and where none is seen.
 
     Returns:
-        (B,) int64 in [0, C), any where nothing is present; and (B, M) int64, the block among those of the cases that
-        hold the modality, -1 where the modality says nothing about the row.
+        (B,) int64 in [0, C), any where nothing is present; and (B, M) int64, the block of the cases that hold the
+        modality, -1 where it says nothing about the row.
 
     Example:
         >>> masks = case_masks(["image", "text"])
@@ -148,7 +147,10 @@ def block_index(present: Tensor, masks: Tensor, seen: Tensor | None = None) -> t
     usable = masks if seen is None else masks & (seen | ~seen.any())
     if len(masks) == 1:
         return torch.zeros_like(present[:, 0], dtype=torch.int64), (present & usable).long() - 1
-    case = _nearest(present, usable, None if seen is None else usable.any(1))
+    rank = _rank(present, masks)
+    if seen is not None:  # By what can be used; of equals, the case of training.
+        rank = rank + 4 * (masks.shape[1] + 1) * _rank(present, usable, usable.any(1))
+    case = rank.argmax(1)
     return case, torch.where(present & usable[case], (masks.cumsum(0) - 1)[case], -1)
 
 
@@ -184,11 +186,11 @@ def present_from_ragpt(
     modalities: Sequence[str],
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Present masks from RAGPT's missing tables, whose codes mean different things in its two kinds of table.
+    """Present masks from RAGPT's missing tables, whose codes mean different things in their two kinds.
 
     Args:
-        codes: (B,) tensor or list of numbers. In a table for one missing modality 0 is missing and 1 present; in a
-            table for both, 0 is text missing, 1 image missing and 2 complete.
+        codes: (B,) numbers. In a table for one modality 0 is missing and 1 present; in one for both, 0 is text missing,
+            1 image missing and 2 complete.
         missing: The kind of table: what it lets go missing, ``"image"``, ``"text"`` or ``"both"``.
         modalities: ``"image"`` and ``"text"`` in the order of the columns, such as ``head.modalities``.
         device: Of the result; by default that of a tensor `codes`, else the CPU.
@@ -222,11 +224,11 @@ def present_from_flags(
     modalities: Sequence[str],
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Present masks from one column of booleans per modality.
+    """Present masks from one column of booleans per modality, or a pandas DataFrame.
 
     Args:
         flags: Name of a modality to its (B,) column of True (present), False, None, NaN or ``pandas.NA`` (missing); a
-            column that is None or left out is missing in every row. A pandas DataFrame is one, too.
+            column that is None or left out is missing in every row.
         modalities: The M names in the order of the result's columns, such as ``head.modalities``.
         device: Of the result; the CPU by default.
 
@@ -249,7 +251,7 @@ def present_from_flags(
         raise ValueError(f"Expected columns of one length, and at least one column, but got lengths {lengths}.")
     for name, column in columns.items():
         for row, value in enumerate(column):
-            if not (isinstance(value, bool) or _is_empty(value)):
+            if not (isinstance(value, bool) or is_empty(value)):
                 raise ValueError(
                     f"Expected True, False or None, but got {value!r} for {name!r} in row {row}. Of columns of 0 and 1 "
                     "`columns == 1` makes such, of paths or texts `columns.notna()`."
@@ -259,9 +261,13 @@ def present_from_flags(
     return torch.tensor(table, dtype=torch.bool, device=device).T.contiguous()
 
 
-def _is_empty(value: Any) -> bool:
-    """None, NaN, or pandas' own mark of what is missing, whose type is known by name: pandas may not be there."""
-    return value is None or (isinstance(value, float) and value != value) or type(value).__name__ == "NAType"
+def is_empty(value: Any) -> bool:
+    """None, NaN, or pandas' marks of what is missing, whose types are known by name: pandas may not be there."""
+    return (
+        value is None
+        or type(value).__name__ in ("NAType", "NaTType")
+        or bool(isinstance(value, Real) and value != value)
+    )
 
 
 def _present_from_codes(

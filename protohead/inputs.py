@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protohead.cases import present_from_flags
+from protohead.cases import is_empty, present_from_flags
 from protohead.context import is_readable
 
 __all__ = [
@@ -104,9 +104,12 @@ def _check_agreement(present: Tensor, zero: Tensor, modalities: Sequence[str]) -
     wrong, right = (present & zero).sum(0), (present & ~zero).sum(0)
     inverted = (wrong >= 2) & (right == 0) & ~present.all(0)
     # In a complete row swapped columns do not show; where they are swapped, what is called missing is there.
+    complete = present.all(1, keepdim=True)
     doubted = (present & zero & (~present & ~zero).any(1, keepdim=True)).sum(0)
-    sure = (present & ~zero & ~present.all(1, keepdim=True)).sum(0)
-    swapped = (doubted >= sure.clamp(min=2)) & (present.shape[1] > 1)
+    sure = (present & ~zero & ~complete).sum(0)
+    # Some features are zeros by nature: as many prove nothing.
+    natural = (complete & zero & (~zero).any(1, keepdim=True)).sum(0)
+    swapped = (doubted >= 2) & (doubted > natural) & (sure <= (doubted if present.shape[1] > 2 else 0))
     contradicted = (inverted | swapped) & ~(~present & zero).any(0)
     if contradicted.any():
         m = int(contradicted.nonzero()[0])
@@ -197,7 +200,7 @@ def _is_on_cpu(x: Any) -> bool:
 def _rows_there(x: Any) -> Tensor:
     """(B,) bool on the CPU: the rows that are neither None nor NaN in a list, or not zeros in all the tensors."""
     if isinstance(x, Sequence):
-        missing = [row is None or (isinstance(row, float) and row != row) for row in x]
+        missing = [is_empty(row) for row in x]
         return ~torch.tensor(missing, dtype=torch.bool, device="cpu")
     tensors = [value for value in (x.values() if isinstance(x, Mapping) else [x]) if isinstance(value, Tensor)]
     if any(value.is_meta for value in tensors):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protohead.center import update_center
-from protohead.context import is_readable
+from protohead.context import is_readable, is_transformed
 from protohead.sharding import sum_between_ranks
 from protohead.untrained import warn_of_eval_mode
 
@@ -103,7 +103,7 @@ def training_loss(
         raise ValueError("Expected argument `labels` for the objective, but got None.")
     if not head.training:
         warn_of_eval_mode(any(p.requires_grad for p in head.parameters()))
-    elif head.centered:
+    elif head.centered and not is_transformed():  # Then nothing outside can be written.
         total = partial(sum_between_ranks, module=head)
         update_center(head.center, head.center_rows, head.center_spread, rows, present, total)
     batch = present.shape[0]

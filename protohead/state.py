@@ -150,6 +150,10 @@ def check_same_head(config: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         both_named = theirs is not None and ours is not None
         if theirs != ours and (both_named or key in MUST_AGREE):
             raise ValueError(f"Expected a checkpoint of a head with {key}={ours}, but got one with {theirs}.")
+    # The names of some cases do not tell the order of all modalities, which is that of the center.
+    theirs, ours = (list(x.get("in_features", ())) for x in (config, own))
+    if theirs != ours:
+        raise ValueError(f"Expected a checkpoint of a head with the modalities {ours}, but got one with {theirs}.")
 
 
 def check_checkpoint(state: Mapping[str, Any], own: Mapping[str, Any], prefix: str = "") -> None:

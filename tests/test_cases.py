@@ -205,3 +205,12 @@ def test_blocks(road):
 def test_wrong_flags(flags, match):
     with pytest.raises(ValueError, match=match):
         present_from_flags(flags, PAIR)
+
+
+def test_of_equals_the_case_of_training_is_taken():
+    """A case of which only some modalities have been seen is no nearer than the row's own."""
+    masks, seen = case_masks(PAIR), torch.tensor([[True, False], [True, False], [False, False]])
+    rows = torch.tensor([[True, False], [True, True]])
+    case, block = block_index(rows, masks, seen)
+    assert case.tolist() == [1, 0]
+    assert block.tolist() == [[1, -1], [0, -1]]

@@ -439,3 +439,19 @@ def test_the_bias_may_change_between_forward_and_backward(road):
         got = torch.autograd.grad(logits.sin().sum(), list(head.parameters()))
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b)
+
+
+def test_eval_is_training_where_a_larger_case_is_half_seen():
+    """Imprinting from images alone marks them in the complete case, too; training then changes the other block only."""
+    torch.manual_seed(0)
+    head = DecoupledPrototypeHead({"a": 4, "b": 4}, 3, cases="all", centered=False)
+    x, present, labels = torch.randn(6, 8), torch.tensor([[True, False]] * 6), torch.arange(6) % 3
+    with pytest.warns(UserWarning, match="has 'b'"):
+        head.imprint(x, labels, present)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.5)
+    for _ in range(5):
+        optimizer.zero_grad()
+        head.loss(x, present, labels).backward()
+        optimizer.step()
+    expected = head(x, present)
+    torch.testing.assert_close(head.eval()(x, present), expected)

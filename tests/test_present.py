@@ -184,3 +184,13 @@ def test_one_inverted_column_is_refused():
         head(x, right)
         with pytest.raises(ValueError, match="'text' is all zeros in 6 rows that have it"):
             head(x, torch.stack([right[:, 0], ~right[:, 1]], dim=1))
+
+
+@pytest.mark.parametrize("modalities", [2, 3])
+def test_features_that_are_zeros_by_nature_contradict_nothing(modalities):
+    torch.manual_seed(0)
+    head = DecoupledPrototypeHead(dict.fromkeys("abc"[:modalities], 4), 5)
+    for _ in range(300):
+        x = torch.randn(64, modalities, 4) * (torch.rand(64, modalities, 1) > 0.2)
+        present = torch.rand(64, modalities) > 0.05
+        head(x.flatten(1), present | ~present.any(1, keepdim=True))  # What is missing is not always zeros.

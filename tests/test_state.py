@@ -463,3 +463,12 @@ def test_averaged_models(how):
     loaded = plain_head().eval()
     loaded.load_state_dict(head.state_dict())
     assert torch.equal(loaded(X, ~MASKS), head(X, ~MASKS))
+
+
+def test_another_order_of_modalities_that_the_cases_do_not_show():
+    def make(names):
+        return DecoupledPrototypeHead(dict.fromkeys(names, 4), 3, cases=["a+b", "c"])
+
+    head = make("cab")
+    with pytest.raises(ValueError, match=r"modalities \['c', 'a', 'b'\], but got one with \['a', 'b', 'c'\]"):
+        head.load_state_dict(make("abc").state_dict())
