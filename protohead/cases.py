@@ -169,7 +169,7 @@ def present_from_missing_type(
 
     Raises:
         ValueError: If a code is none of 0, 1, 2 (with its row), or the modalities are others.
-        TypeError: If `missing_type` is a boolean mask.
+        TypeError: If it is a boolean mask.
 
     Example:
         >>> present_from_missing_type([0.0, 1.0, 2.0], ["image", "text"]).tolist()
@@ -263,11 +263,8 @@ def present_from_flags(
 
 def is_empty(value: Any) -> bool:
     """None, NaN, or pandas' marks of what is missing, whose types are known by name: pandas may not be there."""
-    return (
-        value is None
-        or type(value).__name__ in ("NAType", "NaTType")
-        or bool(isinstance(value, Real) and value != value)
-    )
+    is_nan = isinstance(value, Real) and value != value
+    return value is None or type(value).__name__ in ("NAType", "NaTType") or bool(is_nan)
 
 
 def _present_from_codes(
