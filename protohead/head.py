@@ -52,7 +52,7 @@ class DecoupledPrototypeHead(nn.Module):
         bias: (K,) Parameter, or None.
         center: (ΣD_m,) buffer, the mean of each modality's features in training; or None.
         scale: (C,) buffer; change it in place, as in ``head.scale.fill_(16)``. So is `margin`, in radians.
-        seen: (C, M) buffer: how many rows of each case, by modality, training has had.
+        seen: (C, M) buffer: how many rows of each case, sub-cases too, training has had, by modality.
 
     Example:
         >>> head = DecoupledPrototypeHead({"image": 4, "text": 3}, num_classes=5, cases="all")
@@ -277,11 +277,11 @@ class DecoupledPrototypeHead(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DecoupledPrototypeHead":
         # Buffers follow the device only: `half()` must not round a margin, nor `to_empty()` wipe what was seen.
-        buffers, self._buffers = self._buffers, {}
+        own = {name: self._buffers.pop(name) for name in state.BUFFERS}
         try:
             super()._apply(fn, recurse)
         finally:
-            self._buffers = buffers
+            self._buffers.update(own)
         state.move_buffers(self)
         return self
 

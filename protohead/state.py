@@ -32,6 +32,8 @@ __all__ = [
 DESCRIPTION = ("in_features", "num_classes", "cases", "shared_space", "centered", "class_names")
 # What must agree. Where shapes do, other cases would be swapped in silence, and another loss be trained.
 MUST_AGREE = ("cases", "shared_space")
+# In the order in which they are registered; others, such as the mask of a pruned bias, are not ours.
+BUFFERS = ("scale", "margin", "seen", "_masks", "center", "center_rows", "center_spread")
 # What the paper's head has not.
 LEARNED = ("bias", "center", "center_rows", "center_spread")
 
@@ -65,7 +67,7 @@ def register_buffers(head: Any, masks: Tensor, scales: list[float], margins: lis
     tensor = partial(torch.tensor, dtype=_constant_dtype(device), device=device)
     head.register_buffer("scale", tensor(scales))
     head.register_buffer("margin", tensor(margins))
-    head.register_buffer("seen", tensor(masks.tolist()))
+    head.register_buffer("seen", torch.zeros_like(tensor(masks.tolist())))
     head.register_buffer("_masks", tensor(masks.tolist()), persistent=False)
     count = len(head.modalities)
     widths = {"center": sum(head.in_features.values()), "center_rows": count, "center_spread": count}
@@ -86,9 +88,10 @@ def move_buffers(head: nn.Module) -> None:
     parameter = next(head.parameters())
     if parameter.is_meta:
         return
-    for name, value in list(head.named_buffers(recurse=False)):
-        moved = value.to(parameter.device, _constant_dtype(parameter.device))
-        head._buffers[name] = moved.share_memory_() if parameter.is_shared() else moved
+    for name in BUFFERS:
+        if (value := head._buffers[name]) is not None:
+            moved = value.to(parameter.device, _constant_dtype(parameter.device))
+            head._buffers[name] = moved.share_memory_() if parameter.is_shared() else moved
 
 
 def _constant_dtype(device: torch.device) -> torch.dtype:
@@ -143,17 +146,17 @@ def check_same_head(config: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """
     try:
         check_names(config.get("class_names"), config.get("num_classes", 0))
+        modalities = list(config.get("in_features", ()))
     except TypeError as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(f"Expected the description of a head, but it is malformed: {error}") from None
     for key in (*MUST_AGREE, "class_names"):
         theirs, ours = config.get(key), own.get(key)
         both_named = theirs is not None and ours is not None
         if theirs != ours and (both_named or key in MUST_AGREE):
             raise ValueError(f"Expected a checkpoint of a head with {key}={ours}, but got one with {theirs}.")
     # The names of some cases do not tell the order of all modalities, which is that of the center.
-    theirs, ours = (list(x.get("in_features", ())) for x in (config, own))
-    if theirs != ours:
-        raise ValueError(f"Expected a checkpoint of a head with the modalities {ours}, but got one with {theirs}.")
+    if modalities != (ours := list(own["in_features"])):
+        raise ValueError(f"Expected a checkpoint of a head with the modalities {ours}, but got one with {modalities}.")
 
 
 def check_checkpoint(state: Mapping[str, Any], own: Mapping[str, Any], prefix: str = "") -> None:

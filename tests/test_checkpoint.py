@@ -105,7 +105,14 @@ def test_weights_that_do_not_make_a_head():
         with pytest.raises(ValueError, match=f"(?s)cannot be made of them: .*{name}"):
             load_head({key: x for key, x in state.items() if key != name})
     config = json.loads(bytes(state["_extra_state"].long().tolist()))
-    for change in ({"num_classes": "4"}, {"cases": ["audio"]}, {"in_features": [3, 5]}, {"more": 1}):
+    for change in (
+        {"num_classes": "4"},
+        {"cases": ["audio"]},
+        {"in_features": [3, 5]},
+        {"in_features": 5},
+        {"in_features": None},
+        {"more": 1},
+    ):
         extra = torch.tensor(list(json.dumps({**config, **change}).encode()), dtype=torch.float32)
         with pytest.raises(ValueError, match="Expected"):
             load_head({**state, "_extra_state": extra})
@@ -177,3 +184,16 @@ def test_class_names():
     for wrong, error in ((["a"], ValueError), (["a", "a"], ValueError), ("ab", TypeError), ([1, 2], TypeError)):
         with pytest.raises(error, match="`class_names`"):
             DecoupledPrototypeHead(WIDTHS, 2, class_names=wrong)
+
+
+@pytest.mark.parametrize(
+    "change", [{"in_features": 5}, {"in_features": None}, {"num_classes": "4"}, {"class_names": 3}]
+)
+def test_a_malformed_description_is_refused_at_once(change):
+    head, state = DecoupledPrototypeHead(WIDTHS, 4), trained_head().state_dict()
+    config = {**json.loads(bytes(state["_extra_state"].long().tolist())), **change}
+    extra = torch.tensor(list(json.dumps(config).encode()), dtype=torch.float32)
+    before = {name: x.clone() for name, x in head.state_dict().items()}
+    with pytest.raises(ValueError, match="Expected"):
+        head.load_state_dict({**state, "_extra_state": extra})
+    torch.testing.assert_close(dict(head.state_dict()), before, rtol=0, atol=0)

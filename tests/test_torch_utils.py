@@ -157,3 +157,12 @@ def test_shared_memory():
     assert "0._masks" in tensors
     assert [name for name, x in tensors.items() if not x.is_shared()] == []
     assert torch.equal(head(X), before)
+
+
+def test_the_mask_of_a_pruned_bias_has_the_dtype_of_the_bias():
+    head = DecoupledPrototypeHead({"image": 4, "text": 3}, 5)
+    torch.nn.utils.prune.l1_unstructured(head, "bias", 0.5)
+    for dtype in (torch.bfloat16, torch.float32):
+        head.to(dtype)
+        assert head.bias_mask.dtype == head.bias_orig.dtype == dtype
+        assert head.scale.dtype == head.seen.dtype == torch.float64
