@@ -1,6 +1,6 @@
 """The classification head: per-modality, per-missing-case class prototypes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import compress
 from typing import Any
 
@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from protohead import state
 from protohead.cases import block_index, case_masks, nearest_case
 from protohead.center import split_center
-from protohead.closed_form import class_means
 from protohead.context import full_precision, is_readable, is_transformed, widest
 from protohead.functional import modality_logits, prototype_contrast, prototype_logits
-from protohead.inputs import Features, Present, check_finite, check_labels, read_features, read_present
+from protohead.imprint import imprint
+from protohead.inputs import Features, Present, check_labels, read_features, read_present
+from protohead.moments import Moments
 from protohead.objective import Objective, read_objective, training_loss
 from protohead.options import check_constants, check_count, check_names, check_widths, read_constants
-from protohead.prototypes import Prototypes, draw, refuse_derived, write_known
+from protohead.prototypes import Prototypes, draw, refuse_derived
 from protohead.sharding import gather_for_loss, sum_between_ranks
 from protohead.untrained import warn_of_random_prototypes, warn_of_unlearned_center
 
@@ -218,30 +219,54 @@ class DecoupledPrototypeHead(nn.Module):
         return tuple(compress(self.cases, (self.seen > 0).any(1).tolist()))
 
     @torch.no_grad()
-    def imprint(self, features: Features, labels: Tensor, present: Present | None = None) -> None:
-        """Set the prototypes to class means, in every case: see :func:`protohead.closed_form.class_means`.
+    def imprint(
+        self,
+        features: Features | Iterable[Sequence[Any]],
+        labels: Tensor | None = None,
+        present: Present | None = None,
+        shrinkage: float | None = None,
+        *,
+        classes: Sequence[int] | None = None,
+        class_weight: Tensor | None = None,
+        moments: Moments | None = None,
+    ) -> Moments:
+        """Fit the head in closed form, without a gradient: see :mod:`protohead.closed_form`.
 
-        The prototypes of a class that has no row with a modality stay as they are, with a warning.
+        Sets the prototypes, the same in every case; center and bias, if there are any; and the scale. Prototypes of a
+        class that has no row with a modality stay as they are, with a warning. With torch.distributed every rank calls
+        it with rows of its own, and all get the same.
 
         Args:
-            features: As in :meth:`forward`, for all the rows at once.
+            features: As in :meth:`forward`; or batches ``(features, labels, present)``, which are read once.
             labels: As in :meth:`forward`; soft labels weigh the rows.
             present: As in :meth:`forward`.
+            shrinkage: γ in [0, 1] of the covariance; 1 is class means. By default the one with the least loss in
+                cross-validation, by which scale and bias are set, too; where each row is the only one of its class, 1.
+            classes: Set the prototypes of these classes only. Their bias becomes the mean of the others'.
+            class_weight: (K,), of the loss: see :class:`protohead.objective.Objective`.
+            moments: What an earlier call has returned: its rows count, too.
+
+        Returns:
+            Sums over the rows, which hold no row, as a dict of dicts of tensors; keep it to add rows or classes later.
 
         Raises:
-            ValueError: As :meth:`forward`; also if features that are present are not finite.
+            ValueError: As :meth:`forward`, or if features that are present are not finite, or no row counts.
             RuntimeError: If the prototypes are sharded, pruned or parametrized.
         """
         refuse_derived(self, "imprint")
-        rows, mask = read_features(features, present, self.in_features, self.seen.device)
-        check_labels(labels, mask.shape[0], self.num_classes, self.seen.device)
-        for name, x, here in zip(self.modalities, rows, mask.T, strict=True):
-            check_finite(f"features of {name!r}", x, here)
-        with full_precision(mask.device):
-            dtype = widest(*rows, *self.prototypes())
-            means = class_means([x.to(dtype) for x in rows], labels, mask, self.num_classes, split_center(self, dtype))
-        known = write_known(self.prototypes, means)
-        self.seen += torch.where(known, mask.sum(0), 0) * self._masks
+        return imprint(self, features, labels, present, shrinkage, classes, class_weight, moments)
+
+    def add_classes(self, count: int, class_names: Sequence[str] | None = None) -> None:
+        """Add classes behind those that there are, which stay. The Parameters are new: give them to the optimizer.
+
+        The prototypes of the new ones are random: imprint them, as by ``head.imprint(..., classes=[101])``, or train.
+
+        Args:
+            count: How many.
+            class_names: Their names, if the others have names.
+        """
+        refuse_derived(self, "add_classes")
+        state.add_classes(self, count, class_names)
 
     def reset_parameters(self) -> None:
         """Draw every (case, modality) block from Xavier's normal distribution and forget all that training has left."""
@@ -257,9 +282,7 @@ class DecoupledPrototypeHead(nn.Module):
         state.set_classes(self, num_classes, class_names, parameter.device, parameter.dtype)
         self.reset_parameters()
 
-    def extra_repr(self) -> str:
-        """The arguments that make this head, without its weights."""
-        return state.arguments(self)
+    extra_repr = state.arguments
 
     def __repr__(self) -> str:  # noqa: D105
         return f"{self._get_name()}({self.extra_repr()})"

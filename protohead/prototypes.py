@@ -50,23 +50,27 @@ def draw(prototypes: Prototypes) -> None:
         prototype.copy_(shard_like(new, prototype))
 
 
-def write_known(prototypes: Prototypes, new: Sequence[Tensor]) -> Tensor:
-    """Write class prototypes, (K, D_m) of each modality, into every block; those of zeros are not known and left out.
+def write_known(prototypes: Prototypes, new: Sequence[Tensor], classes: Tensor) -> Tensor:
+    """Write class prototypes into every block; those of zeros are not known and left out.
+
+    Args:
+        prototypes: Of the head.
+        new: M tensors (K, D_m).
+        classes: (K,) bool, which of them.
 
     Returns:
         (M,) bool, whether any is known.
 
     Warns:
-        UserWarning: For classes that are not known.
+        UserWarning: For classes among these that are not known.
     """
     some = []
     for (name, prototype), one in zip(prototypes.items(), new, strict=True):
-        known = (one != 0).any(1)
+        known = (one != 0).any(1) & classes
         prototype.copy_(torch.where(known[:, None], one, prototype))
         some.append(known.any())
-        if not known.all():
-            classes = (~known).nonzero()[:, 0].tolist()
-            warnings.warn(f"No row of classes {classes} has {name!r}: these prototypes are unchanged.", stacklevel=4)
+        if lacking := (classes & ~known).nonzero()[:, 0].tolist():
+            warnings.warn(f"No row of classes {lacking} has {name!r}: these prototypes are unchanged.", stacklevel=5)
     return torch.stack(some)
 
 

@@ -3,6 +3,7 @@
 FSDP2 is `torch.distributed.fsdp.fully_shard`; the shards are DTensors.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
+    "from_all_ranks",
     "gather",
     "gather_for_loss",
     "is_managed",
     "is_sharded",
     "shard_like",
     "sum_between_ranks",
+    "sum_over_ranks",
 ]
 
 
@@ -30,6 +33,23 @@ def sum_between_ranks(x: Tensor, module: nn.Module) -> Tensor:
     if ddp is not None or is_managed(module):
         dist.all_reduce(x, group=None if ddp is None else ddp.process_group)
     return x
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum over the ranks, if there are several; all of them must call it."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def from_all_ranks(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """What each rank gives, in order of the ranks; all of them must call it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [list(tensors)]
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, [x.cpu() for x in tensors])
+    device = tensors[0].device if tensors else torch.device("cpu")
+    return [[x.to(device) for x in one] for one in every]
 
 
 def is_managed(module: nn.Module) -> bool:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from protohead.cases import case_names
 from protohead.options import check_count, check_names
-from protohead.prototypes import Prototypes
+from protohead.prototypes import Prototypes, draw
 from protohead.sharding import is_sharded
 
 __all__ = [
+    "add_classes",
     "arguments",
     "before_load",
     "check_checkpoint",
@@ -54,6 +55,22 @@ def set_classes(
     head.register_parameter("bias", bias)
     for name, parameter in head.named_parameters():
         parameter.requires_grad_(name not in old or old[name].requires_grad)
+
+
+def add_classes(head: Any, count: int, class_names: Sequence[str] | None) -> None:
+    """Give a head parameters for more classes; the new prototypes are drawn, what was there is copied."""
+    count, old = check_count("count", count), dict(head.named_parameters())
+    if (class_names is None) != (head.class_names is None):
+        expected = "the names of the new classes" if head.class_names else "no names, since the others have none"
+        raise ValueError(f"Expected {expected}, but got {class_names!r}.")
+    names = None if class_names is None else [*head.class_names, *check_names(class_names, count)]
+    known, parameter = head.num_classes, next(head.parameters())
+    set_classes(head, known + count, names, parameter.device, parameter.dtype)
+    draw(head.prototypes)
+    with torch.no_grad():
+        for name, new in head.named_parameters():
+            new.zero_() if name == "bias" else None
+            new.narrow(-2 if new.dim() > 1 else 0, 0, known).copy_(old[name])
 
 
 def register_buffers(head: Any, masks: Tensor, scales: list[float], margins: list[float]) -> None:

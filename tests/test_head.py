@@ -305,7 +305,7 @@ def test_imprint_is_the_class_means():
     present[:4] = True  # Every class has both modalities.
     labels = torch.arange(len(present)) % 4
     labels[-1] = -100
-    head.imprint(features, labels, present)
+    head.imprint(features, labels, present, shrinkage=1)
     for m, name in enumerate(head.modalities):
         for k in range(4):
             rows = features[name][(labels == k) & present[:, m]]
@@ -316,7 +316,7 @@ def test_imprint_is_the_class_means():
     one_hot = F.one_hot(labels.clamp(min=0), 4).double() * (labels >= 0)[:, None]
     before = [p.clone() for p in head.parameters()]
     head.reset_parameters()
-    head.imprint(features, one_hot, present)
+    head.imprint(features, one_hot, present, shrinkage=1)
     assert all(torch.equal(a, b) for a, b in zip(before, head.parameters(), strict=True))
 
 
@@ -326,7 +326,7 @@ def test_imprint_is_computed_in_full_precision_and_adds_to_what_was_seen(dtype):
     x = torch.randn(200, 5).to(dtype)
     labels = torch.arange(200) % 4
     with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="'b'"):
-        head.imprint({"a": x}, labels)
+        head.imprint({"a": x}, labels, shrinkage=1)
     for k in range(4):
         mean = F.normalize(F.normalize(x[labels == k].double(), dim=1).mean(0), dim=0)
         assert (head.prototypes["a"][:, k] - mean).abs().max() < 1e-6

@@ -414,7 +414,7 @@ def test_folded_into_a_head_that_has_not_seen_every_case():
     head = DecoupledPrototypeHead({"image": 8, "text": 8}, num_classes=4, cases="all")
     _, labels, present = single(classes=4)
     features = torch.eye(4)[labels].repeat(1, 4) + torch.randn(ROWS, 16, generator=generator)
-    head.imprint(features, labels, present)
+    head.imprint(features, labels, present, shrinkage=1)
     head.seen[1] = 0
     logits = head.eval()(features, present).detach()
     temperatures = fit_temperature(logits, labels, present, head.modalities, head.seen_cases)
