@@ -4,6 +4,7 @@ Features are name to (B, D_m), zeros where the (B, M) `present` says that a moda
 as its users would write it; all are trained by the same loop and choose from the same learning rates.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -190,6 +191,29 @@ class Ours(nn.Module):
         return self.head.loss(features, present, labels, **self.objective)
 
 
+class ClosedForm(Ours):
+    """The head in closed form."""
+
+    def start(self, features: Features, present: Tensor, labels: Tensor, balance: float = 0.0) -> None:
+        """Imprint; classes weigh as their number of rows to the power of −`balance`, where there is one label."""
+        weight = None
+        if not labels.is_floating_point():
+            weight = torch.bincount(labels, minlength=self.head.num_classes).clamp(min=1).float() ** -balance
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Of a modality that no row of a class has.
+            self.head.imprint(features, labels, present, class_weight=weight)
+
+
+class ClosedFormTrained(ClosedForm):
+    """Trained from the closed form, with the scale of training."""
+
+    def start(self, features: Features, present: Tensor, labels: Tensor, balance: float = 0.0) -> None:
+        """Imprint, but for the scale."""
+        scale = self.head.scale.clone()
+        super().start(features, present, labels)
+        self.head.scale.copy_(scale)
+
+
 def cosine_head(widths: Widths, num_classes: int) -> nn.Module:
     """The paper's head with one prototype for each modality and class, the same in every case."""
     return Paper(widths, num_classes, prototype_weight=0.0, cases="shared")
@@ -227,8 +251,11 @@ METHODS: dict[str, Callable[[Widths, int], nn.Module]] = {
     "paper, no prototype loss": partial(Paper, prototype_weight=0.0),
     "paper": Paper,
     "protohead, decoupled": partial(Ours, cases="all"),
+    "closed form": ClosedForm,
+    "closed form, then trained": ClosedFormTrained,
     "protohead": Ours,
 }
+BALANCES = (0.0, 0.5, 1.0)  # What the closed form chooses from instead of learning rates.
 # Parts of the whole taken away or changed, one at a time.
 ABLATIONS: dict[str, Callable[[Widths, int], nn.Module]] = {
     "protohead, no sub-cases": partial(Ours, objective={"subcase_weight": 0.0}),

@@ -26,11 +26,11 @@ FOLDS = 5
 
 
 class Choice(NamedTuple):
-    """What rows that were held out say."""
+    """What gives the least loss."""
 
     shrinkage: float
-    scale: Tensor  # (C,)
-    bias: Tensor  # (K,)
+    scale: Tensor | None = None  # (C,), and
+    bias: Tensor | None = None  # (K,); None where no row can be held out
 
 
 class _Solution(NamedTuple):

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from protohead import state
-from protohead.cases import block_index, case_masks, nearest_case
-from protohead.center import split_center
-from protohead.context import full_precision, is_readable, is_transformed, widest
-from protohead.functional import modality_logits, prototype_contrast, prototype_logits
+from protohead.cases import case_masks, nearest_case
+from protohead.context import full_precision, is_readable, widest
+from protohead.functional import prototype_contrast
 from protohead.imprint import imprint
 from protohead.inputs import Features, Present, check_labels, read_features, read_present
+from protohead.logits import head_contributions, head_logits
 from protohead.moments import Moments
 from protohead.objective import Objective, read_objective, training_loss
 from protohead.options import check_constants, check_count, check_names, check_widths, read_constants
 from protohead.prototypes import Prototypes, draw, refuse_derived
-from protohead.sharding import gather_for_loss, sum_between_ranks
+from protohead.sharding import gather_for_loss
 from protohead.untrained import warn_of_random_prototypes, warn_of_unlearned_center
 
 __all__ = ["DecoupledPrototypeHead"]
@@ -139,8 +139,8 @@ class DecoupledPrototypeHead(nn.Module):
         with full_precision(mask.device):
             if objective is not None:
                 options = read_objective(objective, self.num_classes)
-                return training_loss(self, _logits, rows, mask, labels, options)
-            logits, _ = _logits(self, rows, mask, labels)
+                return training_loss(self, rows, mask, labels, options)
+            logits, _ = head_logits(self, rows, mask, labels)
         if not self.training:
             warn_of_random_prototypes(self._due, self.seen)
         elif labels is not None and self.centered:
@@ -178,11 +178,7 @@ class DecoupledPrototypeHead(nn.Module):
         """
         rows, mask = read_features(features, present, self.in_features, self.seen.device)
         with full_precision(mask.device):
-            case, block = block_index(mask, self._masks > 0, None if self.training else self.seen > 0)
-            prototypes = self.prototypes()
-            dtype = widest(*rows, *prototypes)
-            scale, weights = self.scale[case].to(dtype), [p.to(dtype) for p in prototypes]
-            return modality_logits(rows, weights, block, scale, self.bias, split_center(self, dtype))
+            return head_contributions(self, rows, mask)
 
     def prototype_loss(self, temperature: float = 1.0, sample: int | None = None) -> Tensor:
         """The prototype loss (PRC) of the cases seen so far: see :func:`protohead.functional.prototype_contrast`.
@@ -307,17 +303,3 @@ class DecoupledPrototypeHead(nn.Module):
             self._buffers.update(own)
         state.move_buffers(self)
         return self
-
-
-def _logits(head: Any, rows: list[Tensor], present: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The logits of rows and the blocks that they are made of; marks the cases in training."""
-    case, block = block_index(present, head._masks > 0, None if head.training else head.seen > 0)
-    if head.training and not is_transformed():
-        new = torch.zeros_like(head.seen).index_add(0, case, (block >= 0).to(head.seen.dtype))
-        head.seen += sum_between_ranks(new, head)
-    prototypes = head.prototypes()
-    dtype = widest(*rows, *prototypes)
-    weights, bias = [p.to(dtype) for p in prototypes], None if head.bias is None else head.bias.to(dtype)
-    margin = None if labels is None else head.margin[case].to(dtype)
-    scale, centers = head.scale[case].to(dtype), split_center(head, dtype)
-    return prototype_logits(rows, weights, block, scale, margin, labels, bias, centers), block

@@ -1,4 +1,4 @@
-"""What `DecoupledPrototypeHead.imprint` does: read rows, find prototypes by :mod:`protohead.closed_form`, write them."""
+"""What `DecoupledPrototypeHead.imprint` does: read rows, find prototypes by closed_form.py, write them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral, Real
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from protohead.cases import block_index
-from protohead.center import WINDOW, split_center
+from protohead.center import WINDOW
 from protohead.closed_form import Choice, choose, prototypes
 from protohead.context import full_precision, widest
 from protohead.inputs import check_finite, check_labels, read_features
@@ -29,45 +29,38 @@ def imprint(
     shrinkage: float | None,
     classes: Sequence[int] | None,
     class_weight: Tensor | None,
-    known: Moments | None,
+    moments: Any,
 ) -> Moments:
     """See :meth:`protohead.DecoupledPrototypeHead.imprint`. The head is not changed before all is found."""
-    written = _read_classes(classes, head)
+    written, known = _read_classes(classes, head), _read_moments(moments, head)
     _check_shrinkage(shrinkage)
     class_weight = read_objective({"class_weight": class_weight}, head.num_classes).class_weight
-    _check_moments(known, head)
-    if shrinkage is None and classes is not None:
+    if classes is not None and shrinkage is None:
         shrinkage = next(iter(known.values()))["shrinkage"].item() if known else 1.0
-    only_prototypes, centers = shrinkage == 1 or classes is not None, _centers(head)
+    stays = classes is not None or shrinkage == 1  # All but the prototypes.
     with full_precision(head.seen.device):
-        origins = known or (origins_at(head.in_features, centers) if only_prototypes or not head.centered else None)
+        origins = known or (origins_at(head.in_features, _centers(head)) if stays or not head.centered else None)
         rows = _read_rows(head, features, labels, present)
-        moments, sample = collect(rows, head.in_features, head.num_classes, origins, head.seen)
+        sums, sample = collect(rows, head.in_features, head.num_classes, origins, head.seen)
         if sample is None:
             raise ValueError("Expected at least one row with a label and a modality, but got none.")
-        counts = torch.stack([sums["total"][-1] for sums in moments.values()])
-        moments = plus(moments, known) if known else moments
-        within, choice = head.centered and not sample.labels.is_floating_point(), None
-        if not only_prototypes:
-            new = _new_centers(head, moments)
-            choice = _choose(head, moments, sample, new, within, shrinkage, class_weight)
-            only_prototypes = choice is None and shrinkage is None
-            centers = centers if only_prototypes else new
-            shrinkage = choice.shrinkage if choice else shrinkage
-        shrinkage = 1.0 if shrinkage is None else float(shrinkage)
-        found = prototypes(moments, centers, within, shrinkage)
+        counts = torch.stack([x["total"][-1] for x in sums.values()])
+        sums = plus(sums, known) if known else sums
+        within = head.centered and not sample.labels.is_floating_point()
+        centers = _means(head, sums)
+        choice = None if stays else _choose(head, sums, sample, centers, within, shrinkage, class_weight)
+        if choice is None:
+            choice, centers = Choice(1.0 if shrinkage is None else float(shrinkage)), _centers(head)
+        found = prototypes(sums, centers, within, choice.shrinkage)
     some = write_known(head.prototypes, found, written)
     head.seen += torch.where(some, counts, 0) * head._masks
-    if choice is not None:
-        head.scale.copy_(choice.scale)
-    if head.centered and not only_prototypes:
-        _write_center(head, moments, centers)
-        head.bias.copy_(head.bias if choice is None else choice.bias)
-    if head.centered and classes is not None and not written.all():
+    if choice.scale is not None:
+        _write_rest(head, sums, centers, choice)
+    elif head.centered and classes is not None and not written.all():  # A bias that is like the others.
         head.bias.copy_(torch.where(written, head.bias[~written].mean(), head.bias))
-    for sums in moments.values():
-        sums["shrinkage"] = counts.new_tensor(shrinkage)
-    return moments
+    for x in sums.values():
+        x["shrinkage"] = counts.new_tensor(choice.shrinkage)
+    return sums
 
 
 def _choose(
@@ -85,27 +78,30 @@ def _choose(
         return choose(moments, sample, centers, within, case, len(head.cases), shrinkage, class_weight, head.centered)
 
 
-def _new_centers(head: Any, moments: Moments) -> list[Tensor]:
-    """The means of the rows; of a modality without rows that of the head. Zeros of a head without."""
+def _centers(head: Any) -> list[Tensor]:
+    """(D_m,) of each modality; zeros of a head without."""
+    center = head.center if head.centered else head.seen.new_zeros(sum(head.in_features.values()))
+    return list(center.split_with_sizes([*head.in_features.values()]))
+
+
+def _means(head: Any, moments: Moments) -> list[Tensor]:
+    """What the centers are to be: the means of the rows; where there is no row, what they are."""
     if not head.centered:
         return _centers(head)
     each = zip(moments.values(), means(moments), _centers(head), strict=True)
-    return [torch.where(sums["total"][-1] > 0, new, old) for sums, new, old in each]
+    return [torch.where(sums["total"][-1] > 0, mean, center) for sums, mean, center in each]
 
 
-def _write_center(head: Any, moments: Moments, centers: list[Tensor]) -> None:
+def _write_rest(head: Any, moments: Moments, centers: list[Tensor], choice: Choice) -> None:
+    head.scale.copy_(choice.scale)
+    if not head.centered:
+        return
+    head.bias.copy_(choice.bias)
+    head.center.copy_(torch.cat(centers))
     rows = torch.stack([sums["total"][-1] for sums in moments.values()])
     spread = torch.stack([sums["near"] for sums in moments.values()]) / NEAR
-    head.center.copy_(torch.cat(centers))
     head.center_rows.copy_(torch.where(rows > 0, rows.clamp(max=WINDOW), head.center_rows))
     head.center_spread.copy_(torch.where(rows > 0, spread, head.center_spread))
-
-
-def _centers(head: Any) -> list[Tensor]:
-    """(D_m,) of each modality; zeros of a head without."""
-    if head.centered:
-        return list(split_center(head, head.seen.dtype))
-    return [head.seen.new_zeros(width) for width in head.in_features.values()]
 
 
 def _read_rows(head: Any, features: Any, labels: Tensor | None, present: Any) -> Iterator[Rows]:
@@ -169,17 +165,15 @@ def _check_shrinkage(shrinkage: Any) -> None:
         raise ValueError(f"Expected argument `shrinkage` to be a number in [0, 1], or None, but got {shrinkage!r}.")
 
 
-def _check_moments(moments: Any, head: Any) -> None:
-    """Refuse what no head with these modalities has returned."""
-    if moments is None:
-        return
+def _read_moments(moments: Any, head: Any) -> Moments:
+    """Sums on the head's device; none, if there are none."""
     try:
-        got = {name: len(sums["origin"]) for name, sums in moments.items()}
-        classes = {len(sums["rows"]) for sums in moments.values()}
+        known = {n: {k: x.to(head.seen) for k, x in sums.items()} for n, sums in moments.items()} if moments else {}
+        got = {name: len(sums["origin"]) for name, sums in known.items()}
+        classes = max((len(sums["rows"]) for sums in known.values()), default=0)
     except (AttributeError, KeyError, TypeError):
         raise TypeError(f"Expected argument `moments` to be what `imprint` returns, but got {moments!r:.80}.") from None
-    if list(got.items()) != list(head.in_features.items()) or max(classes) > head.num_classes:
-        wanted, others = (
-            f"{widths} and {k} classes" for widths, k in ((head.in_features, head.num_classes), (got, max(classes)))
-        )
-        raise ValueError(f"Expected argument `moments` of a head with {wanted}, or fewer, but got those of {others}.")
+    if known and (list(got.items()) != list(head.in_features.items()) or classes > head.num_classes):
+        wanted = f"{head.in_features} and no more than {head.num_classes} classes"
+        raise ValueError(f"Expected argument `moments` of a head with {wanted}, but got {got} and {classes} classes.")
+    return known

@@ -1,7 +1,7 @@
 """The training objective of a batch, and its options in one dataclass."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from numbers import Real
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from protohead.center import update_center
 from protohead.context import is_readable, is_transformed
+from protohead.logits import head_logits
 from protohead.sharding import sum_between_ranks
 from protohead.untrained import warn_of_eval_mode
 
@@ -79,7 +80,6 @@ def read_objective(options: Objective | Mapping[str, Any], num_classes: int) -> 
 
 def training_loss(
     head: Any,
-    score: Callable[[Any, list[Tensor], Tensor, Tensor], tuple[Tensor, Tensor]],
     rows: list[Tensor],
     present: Tensor,
     labels: Tensor | None,
@@ -89,8 +89,6 @@ def training_loss(
 
     Args:
         head: The head.
-        score: From the head, features, a mask and labels to (N, K) logits and the (N, M) blocks of prototypes that they
-            are made of, -1 for none.
         rows: M tensors (B, D_m) of features.
         present: (B, M) bool.
         labels: As in :func:`classification_loss`.
@@ -110,7 +108,7 @@ def training_loss(
     if objective.subcase_weight and present.shape[1] > 1:
         index, present = add_subcases(present)
         rows, labels = [x.index_select(0, index) for x in rows], labels[index]
-    logits, block = score(head, rows, present, labels)
+    logits, block = head_logits(head, rows, present, labels)
     losses, weights = classification_loss(logits, labels, objective.class_weight, objective.label_smoothing)
     counts = (block >= 0).any(1)  # The other rows have nothing to be classified by.
     losses, weights = (torch.where(counts, x, 0) for x in (losses, weights))

@@ -60,17 +60,19 @@ def set_classes(
 def add_classes(head: Any, count: int, class_names: Sequence[str] | None) -> None:
     """Give a head parameters for more classes; the new prototypes are drawn, what was there is copied."""
     count, old = check_count("count", count), dict(head.named_parameters())
-    if (class_names is None) != (head.class_names is None):
-        expected = "the names of the new classes" if head.class_names else "no names, since the others have none"
-        raise ValueError(f"Expected {expected}, but got {class_names!r}.")
-    names = None if class_names is None else [*head.class_names, *check_names(class_names, count)]
+    new = check_names(class_names, count)
+    if (new is None) != (head.class_names is None):
+        expected = "the names of the new classes" if new is None else "no names, since the other classes have none"
+        raise ValueError(f"Expected argument `class_names` to be {expected}, but got {class_names!r}.")
+    names = None if new is None else (*head.class_names, *new)
     known, parameter = head.num_classes, next(head.parameters())
     set_classes(head, known + count, names, parameter.device, parameter.dtype)
     draw(head.prototypes)
     with torch.no_grad():
-        for name, new in head.named_parameters():
-            new.zero_() if name == "bias" else None
-            new.narrow(-2 if new.dim() > 1 else 0, 0, known).copy_(old[name])
+        for name, grown in head.named_parameters():
+            if name == "bias":
+                grown.fill_(old[name].mean())  # No class is likelier than the others.
+            grown.narrow(max(grown.dim() - 2, 0), 0, known).copy_(old[name])
 
 
 def register_buffers(head: Any, masks: Tensor, scales: list[float], margins: list[float]) -> None:
