@@ -7,8 +7,9 @@
 
 For every missing rate, kind of missing modality, and seed (of the missing tables, the initialisation and the order of
 the rows), each method is trained at the same four learning rates, and its learning rate and epoch are picked by
-macro-F1 on the validation split (of the closed form, how much rare classes weigh); all scores are those of the test split. Training, validation and test lack modalities
-alike, each with a table of its own. Models trained at 0 and at 70 % are also tested on the other kinds of table, and
+macro-F1 on the validation split; all scores are those of the test split. The closed form has neither: the weight of
+rare classes is picked instead, of three, where there is one label. Training, validation and test lack modalities alike,
+each with a table of its own. Models trained at 0 and at 70 % are also tested on the other kinds of table, and
 those at 70 % of everything with masks of which some are wrong.
 
 It writes a CSV of one line per model, test table and missing case, then RESULTS.md and the figures: see report.py. An

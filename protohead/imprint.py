@@ -130,9 +130,12 @@ def _read_batch(head: Any, features: Any, labels: Tensor, present: Any, where: s
     if not labels.is_floating_point():
         counts &= labels != IGNORED
     for index in counts.nonzero()[:, 0].split(CHUNK):
-        here, answers = mask[index], labels[index]
+        if not len(index):  # That is how an empty tensor is split.
+            return
+        here = mask[index]
         parts = [torch.where(has[:, None], x[index], 0).to(dtype) for x, has in zip(rows, here.T, strict=True)]
-        yield Rows(torch.cat(parts, 1), answers, here, _keys([*parts, answers.reshape(len(answers), -1)]))
+        key = _keys([*parts, labels[index].view(len(index), *labels.shape[1:] or (1,))])
+        yield Rows(torch.cat(parts, 1), labels[index], here, key)
 
 
 def _keys(parts: Sequence[Tensor]) -> Tensor:

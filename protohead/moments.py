@@ -47,7 +47,7 @@ class Rows(NamedTuple):
     present: Tensor  # (N, M) bool
     key: Tensor  # (N,) int64, as good as random, but made of the row's values alone
 
-    def take(self, index: Tensor) -> "Rows":
+    def take(self, index: Tensor | slice) -> "Rows":
         """Some of the rows."""
         return Rows(*(x[index] for x in self))
 
@@ -102,9 +102,11 @@ def _smallest(parts: Sequence[Rows], size: int) -> Rows:
 
 def _first_origins(batches: Sequence[Rows], widths: Mapping[str, int], like: Tensor) -> Moments:
     """The mean of each modality's rows, and what is near to it."""
-    sums = [like.new_zeros(width + 2) for width in widths.values()]
+    sums, left = [like.new_zeros(width + 2) for width in widths.values()], SAMPLE
     for rows in batches:
-        for total, (x, _) in zip(sums, by_modality(rows, widths.values()), strict=True):
+        some = rows.take(slice(left))  # So that it does not matter how large the batches are.
+        left -= len(some.key)
+        for total, (x, _) in zip(sums, by_modality(some, widths.values()), strict=True):
             x = x.to(like)
             total += torch.cat([x.sum(0), x.square().sum()[None], x.new_tensor([len(x)])])
     moments = {}
