@@ -6,6 +6,8 @@ import json
 import sys
 
 import clip_finetune
+import clip_training
+import files as files_module
 import presets
 import pytest
 import rows as rows_module
@@ -91,7 +93,7 @@ def finetune(monkeypatch, *arguments):
 
 
 def test_every_reader_is_tested():
-    assert set(rows_module.READERS) == set(LAYOUTS)
+    assert set(files_module.READERS) == set(LAYOUTS)
 
 
 def test_hatememes(tmp_path):
@@ -100,7 +102,15 @@ def test_hatememes(tmp_path):
     assert [row.split for row in rows] == ["train"] * 6 + ["val"] * 6 + ["test"] * 6
     assert [row.id for row in rows[:2] + rows[6:8]] == ["0", "1", "1000", "1001"]
     row = rows[7]
-    assert row == (f"{tmp_path}/dev_seen.jsonl line 2", tmp_path / "img" / "01001.png", TEXTS[1], ["1"], "val", "1001")
+    assert row == (
+        f"{tmp_path}/dev_seen.jsonl line 2",
+        tmp_path / "img" / "01001.png",
+        TEXTS[1],
+        ["1"],
+        "val",
+        "1001",
+        "",
+    )
 
 
 def test_mmimdb(tmp_path):
@@ -116,7 +126,7 @@ def test_mmimdb(tmp_path):
 def test_food101(tmp_path):
     rows, several = rows_module.read(food101(tmp_path), dataset="food101")
     assert not several
-    splits = {split: [row.id for row in rows if row.split == split] for split in rows_module.SPLITS}
+    splits = {split: [row.id for row in rows if row.split == split] for split in files_module.SPLITS}
     assert {split: len(ids) for split, ids in splits.items()} == {"train": 20, "val": 4, "test": 6}
     assert splits["val"] == ["apple_pie_1.jpg", "ramen_1.jpg", "apple_pie_11.jpg", "ramen_11.jpg"]
     assert splits["test"][0] == "apple_pie_100.jpg"
@@ -144,12 +154,12 @@ FILM = "film 0001001 of train, {folder}/dataset/0001001.json,"
         ("hatememes", "img/00001.png", [], "{folder}/train.jsonl line 2 has {folder}/img/00001.png; --allow-gaps"),
         ("hatememes", "train.jsonl", [TEXTS[2], "  "], "Expected a text, but {folder}/train.jsonl line 3 has an empty"),
         ("hatememes", "dev_seen.jsonl", ['"label": 1', '"label": 7'], "but {folder}/dev_seen.jsonl line 2 has 7"),
-        ("hatememes", "test_seen.jsonl", ['"label": 1, ', ""], "{folder}/test_seen.jsonl line 2 has None"),
+        ("hatememes", "test_seen.jsonl", ['"label": 1, ', ""], "{folder}/test_seen.jsonl line 2 has none: the first"),
         ("hatememes", "train.jsonl", ['"text"', '"caption"'], "{folder}/train.jsonl line 1 lacks ['text']"),
         ("hatememes", "train.jsonl", ["}", ""], "Expected {folder}/train.jsonl line 1 to be readable"),
         ("hatememes", "dev_seen.jsonl", [], "{folder}/dev_seen.jsonl"),
         ("mmimdb", "dataset/0001001.jpeg", [], FILM + " has {folder}/dataset/0001001.jpeg; --allow-gaps"),
-        ("mmimdb", "dataset/0001001.json", [], "Expected " + FILM + " to be readable, but got: [Errno 2]"),
+        ("mmimdb", "dataset/0001001.json", [], "{folder}/dataset/0001001.json to be readable, but got: [Errno 2]"),
         ("mmimdb", "dataset/0001001.json", [TEXTS[1], ""], "Expected a text, but " + FILM + " has an empty"),
         ("mmimdb", "dataset/0001001.json", ['["two old maps", "a longer second plot"]', "[]"], FILM + " has an empty"),
         ("mmimdb", "dataset/0001001.json", ["Comedy", "Comedie"], FILM + " has ['Comedie']"),
@@ -175,7 +185,12 @@ FILM = "film 0001001 of train, {folder}/dataset/0001001.json,"
             [",ramen\n", ",raman\n"],
             "a folder in {folder}/images/test, but {folder}/texts/test_titles.csv line 2 has 'raman'",
         ),
-        ("food101", "texts/train_titles.csv", [",ramen\n", "\n"], "train_titles.csv line 2 has 2 fields"),
+        (
+            "food101",
+            "texts/train_titles.csv",
+            ['ramen_0.jpg,"ramen, ""the best""",ramen', "ramen_0.jpg,"],
+            "{folder}/texts/train_titles.csv line 2 has 2 fields",
+        ),
         ("food101", "texts/test_titles.csv", [], "{folder}/texts/test_titles.csv to be readable, but"),
     ],
 )  # fmt: skip
@@ -198,12 +213,14 @@ def test_gaps_are_missing_where_that_is_allowed(tmp_path, capsys, dataset):
         "food101": ("texts/train_titles.csv", '"ramen, ""the best"""'),
     }[dataset]
     whole, _ = rows_module.read(data, dataset=dataset)
-    assert capsys.readouterr().out == ""
+    assert "Taken for missing" not in capsys.readouterr().out
     change(data / file, text, "")
     whole[0].image.unlink()
     rows, _ = rows_module.read(data, dataset=dataset, allow_gaps=True)
-    assert "Taken for missing: 2 pictures or texts of" in capsys.readouterr().out
-    assert rows[0] == whole[0]._replace(image=None)
+    printed = capsys.readouterr().out
+    assert f"1 pictures that are not there ({whole[0].image})" in printed
+    assert "1 empty texts (" in printed
+    assert rows[0] == whole[0]._replace(image=None, note=f"not there: {whole[0].image}")
     (changed,) = [row for row in rows if row.text is None]
     assert changed == next(row for row in whole if row.id == changed.id)._replace(text=None)
     assert len(rows) == len(whole)
@@ -269,14 +286,14 @@ def remember(monkeypatch):
             super().__init__(rows, present, *others)
             given.append((rows, present))
 
-    monkeypatch.setattr(clip_finetune, "Rows", Remembering)
+    monkeypatch.setattr(clip_training, "Rows", Remembering)
     return given
 
 
 def test_preset_and_missing_table(tmp_path, tiny, monkeypatch, capsys):
     data, given, built = mmimdb(tmp_path / "data"), remember(monkeypatch), []
-    build = clip_finetune.build
-    monkeypatch.setattr(clip_finetune, "build", lambda settings: built.append(build(settings)) or built[-1])
+    build = clip_training.build
+    monkeypatch.setattr(clip_training, "build", lambda settings: built.append(build(settings)) or built[-1])
     arguments = ("--data", data, "--dataset", "mmimdb", "--model", tiny)
     drawn = (*arguments, "--missing", "text", "--missing-rate", 0.5, "--preset", "DPL_DCP")
     finetune(monkeypatch, *drawn, "--output", tmp_path / "run")
@@ -290,8 +307,8 @@ def test_preset_and_missing_table(tmp_path, tiny, monkeypatch, capsys):
     for _, present in given:
         assert present.sum(0).tolist() == [6, 3]
     assert not torch.equal(given[0][1], given[1][1])  # Of another seed.
-    counts = {line["rows with"]: line["count"] for line in table(tmp_path / "run" / "scores.csv")}
-    assert counts == {"image+text": "3", "image": "3", "all rows": "6"}
+    counts = {line["case"]: line["rows"] for line in table(tmp_path / "run" / "scores.csv")}
+    assert counts == {"image+text": "3", "image": "3", "all rows": "6", "mean of cases": "6"}
     saved = MissingTable.load(tmp_path / "run" / "missing.jsonl")
     for rows, present in given:
         assert torch.equal(saved.select([row.id for row in rows]), present)
@@ -327,24 +344,28 @@ def test_test_rows_without_labels_are_predicted(tmp_path, tiny, monkeypatch):
     assert len(table(tmp_path / "run" / "data.predictions.csv")) == 18
 
 
-def test_maps_tables_are_in_the_order_of_the_rows(tmp_path):
+def test_maps_tables_are_joined_by_the_ids_of_their_order(tmp_path):
     rows, _ = rows_module.read(hatememes(tmp_path), dataset="hatememes")
-    splits = rows_module.split_rows(rows, 0)
+    order = rows_module.map_order(tmp_path, "hatememes")
+    splits = rows_module.split_rows(rows[::-1], 0)  # In another order than the tables.
     files = [tmp_path / f"{split}.pt" for split in splits]
     codes = [[0.0, 1, 2, 0, 1, 2], [1.0, 1, 1, 0, 0, 0], [2.0, 2, 0, 0, 0, 0]]  # Complete, text, image missing.
     for file, code in zip(files, codes, strict=True):
         torch.save(torch.tensor(code), file)
-    found = rows_module.missing_of(splits, files=files)
+    found = rows_module.missing_of(splits, files=files, order=order)
     wanted = {0: [True, True], 1: [True, False], 2: [False, True]}
-    for (_, part), code in zip(splits.items(), codes, strict=True):
-        assert found.select([row.id for row in part]).tolist() == [wanted[x] for x in code]
-    gap = splits["train"][1]._replace(image=None)  # Its text is missing as well, in the table.
-    splits["train"][1] = gap
-    assert rows_module.missing_of(splits, files=files).select([gap.id]).tolist() == [[False, False]]
+    for split, code in zip(splits, codes, strict=True):
+        assert found.select(order[split]).tolist() == [wanted[x] for x in code]
+    gap = splits["train"][4]._replace(image=None)  # Its text is missing as well, in the table.
+    assert gap.id == "1"
+    splits["train"][4] = gap
+    assert rows_module.missing_of(splits, files=files, order=order).select([gap.id]).tolist() == [[False, False]]
 
-    torch.save(torch.tensor([0.0, 1]), files[1])
-    with pytest.raises(rows_module.InputError, match=r"val\.pt"):
+    with pytest.raises(files_module.InputError, match=r"a \.jsonl, which has ids, but got .*train\.pt"):
         rows_module.missing_of(splits, files=files)
+    torch.save(torch.tensor([0.0, 1]), files[1])
+    with pytest.raises(files_module.InputError, match=r"Expected 2 ids, as .*val\.pt has rows, but got 6"):
+        rows_module.missing_of(splits, files=files, order=order)
 
 
 def test_tables_that_do_not_fit(tmp_path):
@@ -354,7 +375,7 @@ def test_tables_that_do_not_fit(tmp_path):
     lines = [{"id": row.id, "image": True, "text": False} for row in rows]
 
     def refused(match, files, splits=splits):
-        with pytest.raises(rows_module.InputError, match=match):
+        with pytest.raises(files_module.InputError, match=match):
             rows_module.missing_of(splits, files=files)
 
     write_lines(path, lines)
@@ -362,7 +383,7 @@ def test_tables_that_do_not_fit(tmp_path):
     refused(
         r"one \.jsonl, or a \.pt each of train, val, test, but got .*table\.jsonl .*a\.pt", [path, tmp_path / "a.pt"]
     )
-    refused(r"a\.pt", [tmp_path / "a.pt"] * 3)
+    refused(r"a\.pt: MAP's \.pt have none", [tmp_path / "a.pt"] * 3)
     refused(r"none\.jsonl", [tmp_path / "none.jsonl"])
     twice = {**splits, "val": [rows[1]._replace(id="0")]}
     refused(r"train\.jsonl line 1 and .*train\.jsonl line 2 have '0'", [path], twice)
@@ -382,7 +403,7 @@ def test_any_table_of_rows_can_go_missing(tmp_path):
     found = rows_module.missing_of(splits, "image", 0.5)
     assert sorted(found.ids) == sorted(f"row{i}" for i in range(20))
     assert found.present.sum(0).tolist() == [20 - sum(round(len(part) / 2) for part in splits.values()), 20]
-    path.write_text(path.read_text().replace("id,", "number,"))
+    path.write_text(path.read_text().replace("id,", "number,", 1))
     assert [row.id for row in rows_module.read(path)[0]][:3] == ["0", "1", "2"]
 
 
