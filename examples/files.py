@@ -14,8 +14,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from PIL import Image
 
 # Programs that are run by path, and no package: that would hide Hugging Face's `datasets`.
 READERS = {path.stem: path for path in sorted((Path(__file__).parent / "datasets").glob("*.py"))}
@@ -92,6 +95,8 @@ def decoded(path: Path) -> str:
 
 def named(path: Path, table: Table, labelled: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a table with the names that are used here for their columns."""
+    if not table.columns:
+        raise InputError(f"Expected rows, but {path} has none.")
     columns = find_columns(path, table.columns, labelled)
     unused = [name for name in table.columns if name not in columns.values()]
     for name in unused:
@@ -163,6 +168,7 @@ def read_csv(path: Path) -> Table:
     lines = list(io.StringIO(text, newline=""))
     (_, _, header), *rows = csv_rows(path, lines, delimiter) if text.strip() else [(1, 1, [""])]
     header = [name.strip() for name in header]
+    find_columns(path, header, labelled=False)
     for first, _, cells in rows:
         if len(cells) != len(header):
             wanted = f"{len(header)} fields, as in the header"
@@ -176,7 +182,9 @@ def find_delimiter(path: Path, text: str) -> str:
     known = {name for names in COLUMNS.values() for name in names.split()}
     counts = {}
     for delimiter in DELIMITERS:
-        _, _, header = next(csv_rows(path, io.StringIO(text, newline=""), delimiter), (1, 1, []))
+        header: list[str] = []
+        with suppress(InputError):  # A header in quotes can be read with its own delimiter only.
+            _, _, header = next(csv_rows(path, io.StringIO(text, newline=""), delimiter), (1, 1, []))
         counts[delimiter] = sum(simplified(name) in known for name in header)
     best = [delimiter for delimiter, count in counts.items() if count == max(counts.values())]
     if len(best) > 1 and counts[best[0]] > 1:
@@ -209,22 +217,23 @@ def csv_rows(path: Path, lines: Any, delimiter: str) -> Iterator[Line]:
 def check_spans(path: Path, header: list[str], rows: list[Line], lines: list[str], delimiter: str) -> None:
     """Refuse a row of several lines each of which is a row by itself: its quote was an inch, and another one ends it.
 
-    Such lines have the header's fields, and a label that other rows have too, or a picture's name.
+    Such lines have the header's fields; the first has a label that other rows have too, or the last a picture.
     """
     place = {field: header.index(name) for field, name in find_columns(path, header, False).items()}
     labels = {cells[place["label"]].strip() for _, _, cells in rows} - {""} if "label" in place else set()
 
-    def is_row(line: str) -> bool:
+    def split(line: str) -> list[str]:
         cells = [cell.strip().strip('"') for cell in line.strip("\r\n").split(delimiter)]
-        if len(cells) < len(header):
-            return False
-        if "text" in place:  # Further delimiters are the text's: what follows it is counted from the end.
+        if "text" in place and len(cells) > len(header):  # The text's own delimiters.
             cells[place["text"] : place["text"] + 1 + len(cells) - len(header)] = [""]
-        has_label = "label" in place and cells[place["label"]] in labels
-        return has_label or ("image" in place and Path(cells[place["image"]]).suffix.lower() in PICTURES)
+        return cells
 
     for first, last, _ in rows:
-        if last > first and all(map(is_row, lines[first - 1 : last])):
+        parts = [split(line) for line in lines[first - 1 : last]] if last > first else [[]]
+        if any(len(cells) < len(header) for cells in parts):
+            continue
+        has_label = "label" in place and parts[0][place["label"]] in labels
+        if has_label or ("image" in place and Path(parts[-1][place["image"]]).suffix.lower() in PICTURES):
             what = f"{path} line {first} opens one that ends in line {last}, and each of these lines is a row by itself"
             raise InputError(f"Expected closed quotes, but {what}; a quote within quotes is doubled.")
 
@@ -265,8 +274,11 @@ def folder(path: Path, labelled: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     files = [file for file, names in parts.items() if not any(x[0] == "." or x == "__MACOSX" for x in names)]
     if tables := [file for file in files if file.suffix.lower() in (".csv", ".tsv", ".jsonl", ".ndjson")]:
         raise InputError(f"Expected a folder of pictures and texts, but {path} has a table: give {tables[0]} itself.")
-    pictures = [file for file in files if file.suffix.lower() in PICTURES]
+    kinds = PICTURES | {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    pictures = [file for file in files if file.suffix.lower() in kinds]
     texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
+    if others := Counter(file.suffix for file in files if file.suffix.lower() not in kinds | {".txt"}):
+        print(f"{path}: passed over: {', '.join(f'{suffix} ({count})' for suffix, count in others.items())}.")
     stems = {picture.with_suffix("") for picture in pictures}
     for file in sorted(pictures + [text for stem, text in texts.items() if stem not in stems]):
         text, (*places, _) = texts.get(file.with_suffix("")), parts[file]
