@@ -136,6 +136,118 @@ def test_food101(tmp_path):
     assert (row.text, row.labels) == ('ramen, "the best"', ["ramen"])
 
 
+# -- other layouts ----------------------------------------------------------------------------------------------------
+
+
+def test_the_first_release_of_hatememes(tmp_path):
+    folder = hatememes(tmp_path)
+    whole, _ = rows_module.read(folder, dataset="hatememes")
+    for name in ("dev", "test"):
+        (folder / f"{name}_seen.jsonl").rename(folder / f"{name}.jsonl")
+    rows, _ = rows_module.read(folder, dataset="hatememes")
+    assert [row._replace(where="") for row in rows] == [row._replace(where="") for row in whole]
+    lines = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+    write_lines(folder / "test.jsonl", [{name: x for name, x in line.items() if name != "label"} for line in lines])
+    with pytest.raises(files_module.InputError, match=r"test\.jsonl line 1 has none: the first release has none"):
+        rows_module.read(folder, dataset="hatememes")
+    assert len(rows_module.read(folder, labelled=False, dataset="hatememes")[0]) == 18
+
+
+def test_mmimdb_as_map_lays_it_out(tmp_path):
+    folder = mmimdb(tmp_path)
+    whole, _ = rows_module.read(folder, dataset="mmimdb")
+    (folder / "images").mkdir()
+    (folder / "dataset").rename(folder / "labels")
+    with pytest.raises(files_module.InputError, match="a picture that exists, but film"):
+        rows_module.read(folder, dataset="mmimdb")
+    for path in (folder / "labels").glob("*.jpeg"):
+        path.rename(folder / "images" / path.name)
+    rows, several = rows_module.read(folder, dataset="mmimdb")
+    assert several
+    assert [(row.id, row.text, row.labels, row.split) for row in rows] == [
+        (row.id, row.text, row.labels, row.split) for row in whole
+    ]
+    assert rows[6].image == folder / "images" / "0002003.jpeg"
+    (folder / "images").rename(folder / "pictures")
+    with pytest.raises(files_module.InputError, match="the folder dataset/, or images/ and labels/, in"):
+        rows_module.read(folder, dataset="mmimdb")
+
+
+def test_titles_that_are_no_csv(tmp_path, capsys):
+    folder = food101(tmp_path)
+    path = folder / "texts" / "test_titles.csv"
+    lines = [
+        'ramen_100.jpg,"18 inch ramen, with egg,ramen',
+        'ramen_101.jpg,the "best" ramen,ramen',
+        'ramen_102.jpg,"a ""good"" one, with egg",ramen',
+        'apple_pie_100.jpg,"one" and "two",apple_pie',
+        "apple_pie_101.jpg,two\u2028lines\x0b,apple_pie",
+        'apple_pie_102.jpg,12",apple_pie',
+    ]
+    path.write_text("\r\n".join(lines) + "\r\n")
+    rows, _ = rows_module.read(folder, dataset="food101")
+    assert [(row.text, *row.labels) for row in rows if row.split == "test"] == [
+        ('"18 inch ramen, with egg', "ramen"),
+        ('the "best" ramen', "ramen"),
+        ('a "good" one, with egg', "ramen"),
+        ('"one" and "two"', "apple_pie"),
+        ("two\u2028lines", "apple_pie"),
+        ('12"', "apple_pie"),
+    ]
+    assert f"{path} has 6 rows, the published one 22716." in capsys.readouterr().out
+
+
+def test_food101_as_map_splits_it(tmp_path, capsys):
+    folder = food101(tmp_path)
+    with pytest.raises(files_module.InputError, match=r"Expected MAP's split\.json"):
+        rows_module.map_order(folder, "food101")
+    names = [f"{name}_{number}.jpg" for number in (5, 3, 4, 0, 1, 2, 7, 6) for name in ("ramen", "apple_pie")]
+    split = {"test": ["ramen_101.jpg", "apple_pie_100.jpg"], "val": names[:4], "train": [*names[4:], "none_1.jpg"]}
+    (folder / "split.json").write_text(json.dumps(split))
+    rows, _ = rows_module.read(folder, dataset="food101")
+    printed = capsys.readouterr().out
+    assert "left out, as MAP does: 1 names of train without a title" in printed
+    order = rows_module.map_order(folder, "food101")
+    assert order == {**split, "train": names[4:]}
+    assert {name: [row.id for row in rows if row.split == name] for name in order} == order
+    assert rows[-1].image == folder / "images" / "test" / "apple_pie" / "apple_pie_100.jpg"
+    assert rows[-1].labels == ["apple_pie"]
+
+    (folder / "text.json").write_text(json.dumps({name: f"title of {name}" for name in [*names, *split["test"]]}))
+    (folder / "texts" / "train_titles.csv").unlink()
+    rows, _ = rows_module.read(folder, dataset="food101")
+    assert {row.text for row in rows} == {f"title of {row.id}" for row in rows}
+    assert rows_module.map_order(folder, "food101") == order
+    (folder / "split.json").write_text(json.dumps({"train": [], "dev": [], "test": []}))
+    with pytest.raises(files_module.InputError, match=r"picture names for train, val, test, but .*split\.json"):
+        rows_module.read(folder, dataset="food101")
+
+
+def test_maps_tables_of_another_split_are_refused(tmp_path, tiny, monkeypatch, capsys):
+    """Ours has another number of rows than MAP's split, in another order: positions would mix them up."""
+    folder, tables = food101(tmp_path / "data"), [tmp_path / f"{split}.pt" for split in files_module.SPLITS]
+    for path, count in zip(tables, (20, 4, 6), strict=True):  # As many as the reader has.
+        torch.save(torch.arange(count) % 3, path)
+    arguments = ("--data", folder, "--dataset", "food101", "--model", tiny, "--missing-table", *tables)
+    with pytest.raises(SystemExit):
+        finetune(monkeypatch, *arguments, "--output", tmp_path / "run")
+    assert "Expected MAP's split.json in" in capsys.readouterr().err
+    names = [f"{name}_{number}.jpg" for number in range(12) for name in ("ramen", "apple_pie")]
+    split = {"train": names[:18], "val": names[18:], "test": [f"ramen_{number}.jpg" for number in (100, 101, 102)]}
+    (folder / "split.json").write_text(json.dumps(split))
+    with pytest.raises(SystemExit):
+        finetune(monkeypatch, *arguments, "--output", tmp_path / "run")
+    assert f"Expected 20 ids, as {tables[0]} has rows, but got 18" in capsys.readouterr().err
+    for path, names in zip(tables, split.values(), strict=True):
+        torch.save(torch.arange(len(names)) % 3, path)
+    given = remember(monkeypatch)
+    finetune(monkeypatch, *arguments, "--output", tmp_path / "run")
+    codes = {id: number % 3 for names in split.values() for number, id in enumerate(names)}
+    for rows, present in given:
+        for row, (image, text) in zip(rows, present.tolist(), strict=True):
+            assert (image, text) == (codes[row.id] != 2, codes[row.id] != 1)
+
+
 # -- what is malformed ------------------------------------------------------------------------------------------------
 
 
