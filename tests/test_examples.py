@@ -5,6 +5,7 @@ import csv
 import gc
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
+
+from protohead import attach
+from protohead.cases import case_names
 
 HERE = Path(clip_finetune.__file__).parent
 CHANCE = 100 / len(shapes.CLASSES)
@@ -435,3 +439,47 @@ def remembering(trainer_class, tested):
             tested.append(super().test(*arguments, **kwargs))
 
     return Remembering
+
+
+# -- products.py ------------------------------------------------------------------------------------------------------
+
+
+def test_products(tmp_path, monkeypatch, capsys):
+    products = load_program("products")
+    made = []
+    monkeypatch.setattr(products, "attach", lambda *args, **kwargs: made.append(attach(*args, **kwargs)) or made[-1])
+    before = []
+    fit = products.NumbersEncoder.fit
+    monkeypatch.setattr(
+        products.NumbersEncoder, "fit", lambda self, x: fit(self, x) or before.append(copy.deepcopy(self.state_dict()))
+    )
+    output = tmp_path / "model.safetensors"
+    call(monkeypatch, products, "--count", 1200, "--epochs", 15, "--output", output)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    accuracy = {line[0]: float(line[2]) for line in lines if line and line[0] in case_names(made[0].head.modalities)}
+    assert accuracy["image+text+numbers"] > 50  # Of twelve; any two tell one of two or three, so 50 at most.
+    assert max(accuracy["text+numbers"], accuracy["image+text"], accuracy["image+numbers"]) > 20
+    assert ["A", "wooden", "thing"] in [line[:3] for line in lines]
+    # CLIP stays as it is; the encoder of the numbers has learned, and what was saved is the model that was tested.
+    (model,) = made
+    assert {name.split(".")[0] for name, p in model.encoders.named_parameters() if p.requires_grad} == {"numbers"}
+    after = model.encoders["numbers"].state_dict()
+    assert torch.equal(after["mean"], before[0]["mean"])
+    assert not torch.equal(after["layers.0.weight"], before[0]["layers.0.weight"])
+    saved = load_file(output)
+    assert torch.equal(saved["encoders.numbers.layers.0.weight"], after["layers.0.weight"])
+
+
+def test_gaps_in_the_numbers_of_products():
+    products = load_program("products")
+    torch.manual_seed(0)
+    encoder = products.NumbersEncoder(2)
+    encoder.fit(torch.tensor([[1.0, math.nan], [3.0, 5.0], [math.nan, 7.0]]))
+    assert encoder.mean.tolist() == [2, 6]
+    assert encoder.std.tolist() == [1, 1]
+    rows = torch.tensor([[math.nan, 6.0], [2.0, 6.0], [math.nan, math.nan]])
+    features = encoder(rows)
+    assert features.isfinite().all()
+    # A number that is missing is not one that is average.
+    assert not torch.allclose(features[0], features[1])
+    assert not torch.allclose(features[0], features[2])

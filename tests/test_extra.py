@@ -156,8 +156,8 @@ def test_extra_encoders_that_do_not_fit(options, error, match):
 
 PICTURE = Image.new("RGB", (32, 32))
 TEXTS, TOKENS = ["a red fox", "two maps"], [[3, 4, 5], [3, 4]]
-TOKENISE = r"but got texts: tokenise them first, as in inputs\['text'\] = tokenizer\(texts\), with open_clip.get_token"
-PREPROCESS = r"but got (pictures|arrays): preprocess them first, as in inputs\['image'\] = torch.stack\(\[preprocess\("
+TOKENISE = r"but got .*: tokenise them first, as in inputs\['text'\] = tokenizer\(texts\), with open_clip.get_token"
+PREPROCESS = r"but got .*: preprocess them first, as in inputs\['image'\] = torch.stack\(\[preprocess\("
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ PREPROCESS = r"but got (pictures|arrays): preprocess them first, as in inputs\['
         ("image", [None, PICTURE], PREPROCESS),
         ("image", PICTURE, PREPROCESS),
         ("image", [np.zeros((32, 32, 3), np.uint8)] * 2, PREPROCESS),
-        ("image", np.zeros((2, 3, 32, 32), np.float32), r"but got arrays: torch.as_tensor\(array\) makes a tensor"),
+        ("image", np.zeros((2, 3, 32, 32), np.float32), r"but got .*: torch.as_tensor\(array\) makes a tensor"),
         ("image", ["a.png", "b.png"], "but got names of files: open and preprocess them first"),
     ],
 )
