@@ -97,12 +97,18 @@ def _row(where: str, fields: Mapping[str, Any], base: Path, number: int, labelle
     id = fields.get("id")
     return Row(
         where,
-        base / image if image else None,
+        _path(base, image) if image else None,
         text,
         [],
         split_named(split) if split else None,
         str(number if id is None else id),
     )
+
+
+def _path(base: Path, image: str) -> Path:
+    """The path of a picture, also of one that was written on Windows."""
+    path, other = base / image, base / image.replace("\\", "/")
+    return other if _is_file(other) and not _is_file(path) else path
 
 
 def _is_file(path: Path) -> bool:

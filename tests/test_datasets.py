@@ -151,6 +151,10 @@ def test_the_first_release_of_hatememes(tmp_path):
     with pytest.raises(files_module.InputError, match=r"test\.jsonl line 1 has none: the first release has none"):
         rows_module.read(folder, dataset="hatememes")
     assert len(rows_module.read(folder, labelled=False, dataset="hatememes")[0]) == 18
+    assert rows_module.map_order(folder, "hatememes")["test"] == [row.id for row in whole[12:]]
+    write_lines(folder / "test_seen.jsonl", lines[::-1])  # MAP's tables could be of either.
+    with pytest.raises(files_module.InputError, match=r"\['test_seen.jsonl', 'test.jsonl'\] in .* the same order"):
+        rows_module.map_order(folder, "hatememes")
 
 
 def test_mmimdb_as_map_lays_it_out(tmp_path):

@@ -365,6 +365,12 @@ def test_gaps_are_counted_and_named_once(folder, capsys):
     refused(folder, f"image,text,label\n{'x' * 300},a.png,dog\n", "Expected a picture that exists, but {path} line 2")
 
 
+def test_paths_of_windows(folder):
+    put(folder, "pictures/new/1.png")
+    (folder / "data.csv").write_text("image,text,label\npictures\\new\\1.png,one,dog\n")
+    assert rows.read(folder / "data.csv")[0][0].image == folder / "pictures" / "new" / "1.png"
+
+
 def test_csv_of_the_module_is_read_back(folder):
     texts = ['a "quoted" one', "one, two; three\tfour", "two\nlines", 'ends in a quote"', '"', "'", '18"', "a|b"]
     with open(folder / "data.csv", "w", newline="") as file:

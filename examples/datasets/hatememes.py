@@ -35,7 +35,14 @@ def records(folder: Path, labelled: bool = True) -> Iterator[tuple[str, dict[str
 
 def order(folder: Path) -> dict[str, list[str]]:
     """The ids of MAP's rows, in the order of its tables, which is that of the lines."""
-    ids: dict[str, list[str]] = {split: [] for split in FILES}
-    for _, fields in records(folder, labelled=False):
-        ids[fields["split"]].append(str(fields["id"]))
+    ids: dict[str, list[str]] = {}
+    for split, names in FILES.items():
+        files = {name: ids_of(folder / name) for name in names if (folder / name).exists()}
+        ids[split], *others = files.values() or [[]]
+        if any(other != ids[split] for other in others):  # MAP may have read either.
+            raise InputError(f"Expected {list(files)} in {folder} to hold the same rows in the same order.")
     return ids
+
+
+def ids_of(path: Path) -> list[str]:
+    return [str(fields.get("id")) for _, fields in read_jsonl(path).rows]
