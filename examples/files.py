@@ -128,7 +128,7 @@ def find_columns(path: Path, names: Sequence[str], labelled: bool) -> dict[str, 
     for field, known in COLUMNS.items():
         exact = [name for name in names if simplified(name) == field]
         found = exact or [name for name in names if simplified(name) in known.split()]
-        if len(found) > 1:
+        if len(found) > 1 and (labelled or field in MODALITIES):
             raise InputError(
                 f"Expected one column {field}, but {path} has {found}: rename the one to be used {field!r}."
             )

@@ -91,6 +91,8 @@ def test_widths_are_found_on_an_example_or_given():
     assert attach(tiny_clip(), 5, extra={"tags": words}, example={"tags": rows}).head.in_features["tags"] == 6
     widths = {"tags": 6, "text": WIDE, "image": WIDE}
     assert attach(tiny_clip(), 5, extra={"tags": words}, in_features=widths).head.modalities == tuple(widths)
+    opaque = nn.Sequential(nn.Linear(9, 4), nn.Linear(5, 6))  # It cannot be tried on nine zeros.
+    assert attach(tiny_clip(), 5, extra={"tags": opaque}, in_features=widths).head.in_features == widths
     everything = {"image": torch.zeros(2, 3, 32, 32), "text": torch.ones(2, 8, dtype=torch.long), "tags": rows[:2]}
     assert attach(tiny_clip(), 5, extra={"tags": words}, example=everything).head.in_features["tags"] == 6
     half = attach(tiny_clip(), 5, extra={"tabular": mlp().half()})

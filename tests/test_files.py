@@ -132,6 +132,7 @@ def test_columns_that_could_be_others(folder, header, message):
 def test_prediction_needs_no_label(folder):
     assert read(folder, "image;text\na.png;one\n", labelled=False) == ([("a.png", "one", [])], False)
     refused(folder, "pic;text\na.png;one\n", "Expected a column image", labelled=False)
+    assert read(folder, "text,image,class,category\none,,a,b\n", labelled=False)[0] == [(None, "one", [])]
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])

@@ -53,22 +53,17 @@ def add_extra(
     """
     found = dict(widths)
     for name, encoder in extra.items():
-        x = example.get(name)
-        given = x is not None
-        x = _first_row(name, x) if given else _zeros(encoder)
-        wanted = (in_features or {}).get(name)
-        if x is None and wanted is not None:
-            found[name] = wanted
-            continue
+        x, wanted = example.get(name), (in_features or {}).get(name)
         try:
-            if x is None:
-                raise ValueError("its first layer does not tell what it takes")
-            found |= try_encoders({name: encoder}, {name: x}, {p for _, p in parameters_of(encoder)})[0]
+            row = _zeros(encoder) if x is None else _first_row(name, x)
+            found |= try_encoders({name: encoder}, {name: row}, {p for _, p in parameters_of(encoder)})[0]
         except Exception as error:
-            if given:
+            if x is not None:
                 raise
-            what = f"`example={{{name!r}: ...}}`, a row for its encoder"
-            raise ValueError(f"Expected {what}, which cannot be tried on zeros ({error}).") from error
+            if wanted is None:
+                what = f"`example={{{name!r}: ...}}`, a row for its encoder"
+                raise ValueError(f"Expected {what}, which cannot be tried on zeros ({error}).") from error
+            found[name] = wanted
         if wanted not in (None, found[name]):
             raise ValueError(f"Expected `in_features` of {name!r} to be {found[name]}, but got {wanted}.")
     if in_features is None:
@@ -83,11 +78,11 @@ def _first_row(name: str, x: Any) -> Any:
     return select_rows(x, torch.tensor([0]), count)
 
 
-def _zeros(encoder: Any) -> Tensor | None:
+def _zeros(encoder: Any) -> Tensor:
     """A row for an encoder that begins with a linear layer or a norm of rows."""
     owner = getattr(encoder, "__self__", encoder)
     if not isinstance(owner, nn.Module):
-        return None
+        raise ValueError("it is a function")
     first = next((module for module in owner.modules() if not list(module.children())), None)
     width = None
     if isinstance(first, nn.Linear):
@@ -98,5 +93,5 @@ def _zeros(encoder: Any) -> Tensor | None:
         width = first.normalized_shape[0]
     tensor = next(owner.parameters(), None)
     if width is None or tensor is None:
-        return None
+        raise ValueError("its first layer does not tell what it takes")
     return torch.zeros(1, width, dtype=tensor.dtype, device=tensor.device)
