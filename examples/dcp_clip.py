@@ -24,6 +24,26 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+BATCH_SIZE = 32
+
+
+def options() -> argparse.ArgumentParser:
+    """What the program takes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", metavar="NAME", help="one of open_clip's, such as ViT-B-32")
+    parser.add_argument("--pretrained", metavar="TAG", help="its weights: a tag of open_clip, or a file")
+    parser.add_argument("--rows", type=int, default=1000, help="(default: 1000, and half as many for the test)")
+    parser.add_argument("--steps", type=int, default=300, help=f"of {BATCH_SIZE} rows each (default: 300)")
+    parser.add_argument("--missing-rate", type=float, default=0.5, help="share of incomplete rows (default: 0.5)")
+    parser.add_argument("--prototype-weight", type=float, default=0.1, help="λ (default: 0.1)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (default: 1e-3)")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+if __name__ == "__main__":
+    options().parse_args()  # --help answers before the imports that follow, which take seconds.
+
 import numpy as np
 import open_clip
 import torch
@@ -38,7 +58,6 @@ from protohead import attach
 GENRES = {"western": (220, 180, 40), "romance": (210, 40, 60), "space": (40, 70, 210), "nature": (50, 170, 70)}
 FILLERS = ("a film", "one night", "in a small town", "with old friends", "and nobody knows")
 CASES = {0: "image+text", 1: "image", 2: "text"}  # DCP's missing_type: complete, text missing, image missing
-BATCH_SIZE = 32
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -195,15 +214,7 @@ def build(model: str | None, pretrained: str | None) -> tuple[Any, Any]:
 
 def main() -> None:
     """Train, and print the accuracy of the labels by missing case."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", metavar="NAME", help="one of open_clip's, such as ViT-B-32")
-    parser.add_argument("--pretrained", metavar="TAG", help="its weights: a tag of open_clip, or a file")
-    parser.add_argument("--rows", type=int, default=1000, help="(default: 1000, and half as many for the test)")
-    parser.add_argument("--steps", type=int, default=300, help=f"of {BATCH_SIZE} rows each (default: 300)")
-    parser.add_argument("--missing-rate", type=float, default=0.5, help="share of incomplete rows (default: 0.5)")
-    parser.add_argument("--prototype-weight", type=float, default=0.1, help="λ (default: 0.1)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (default: 1e-3)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = options()
     arguments = parser.parse_args()
     if arguments.rows < BATCH_SIZE or arguments.steps < 1 or not 0 <= arguments.missing_rate <= 1 or arguments.lr <= 0:
         parser.error(f"Expected --rows >= {BATCH_SIZE}, --steps >= 1, --missing-rate in [0, 1], and --lr > 0.")

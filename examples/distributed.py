@@ -15,6 +15,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+
+def options() -> argparse.ArgumentParser:
+    """What the program takes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("--strategy", choices=("ddp", "fsdp2"), default="ddp")
+    option("--model", default="ViT-S-32", help="open_clip's name, or local-dir:... (default: ViT-S-32)")
+    option("--pretrained", help="tag or checkpoint file of the weights; none: random")
+    option("--trainable", nargs="*", default=["visual.proj", "text_projection"], metavar="PATTERN")
+    option("--evaluate", type=Path, metavar="FILE", help="load this instead of training")
+    option("--output", type=Path, metavar="FILE", help="where the trained model goes")
+    option("--rows", type=int, default=600, help="for training; half as many for the test (default: 600)")
+    option("--missing-rate", type=float, default=0.3, help="of rows without picture or text (default: 0.3)")
+    option("--epochs", type=int, default=5, help="(default: 5)")
+    option("--batch-size", type=int, default=32, help="of each process (default: 32)")
+    option("--lr", type=float, default=1e-2, help="learning rate of the head (default: 0.01)")
+    option("--encoder-lr", type=float, default=1e-3, help="learning rate of what is --trainable (default: 0.001)")
+    option("--weight", type=float, default=0.9, help="λ, of the prototype loss (default: 0.9)")
+    return parser
+
+
+if __name__ == "__main__":
+    options().parse_args()  # --help answers before the imports that follow, which take seconds.
+
 import open_clip
 import torch
 import torch.distributed as dist
@@ -129,26 +153,15 @@ def train(model: PrototypeClassifier, wrapped: Any, data: TensorDataset, argumen
 
 def main() -> None:
     """Read the arguments, train or load, evaluate."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    option = parser.add_argument
-    option("--strategy", choices=("ddp", "fsdp2"), default="ddp")
-    option("--model", default="ViT-S-32", help="open_clip's name, or local-dir:... (default: ViT-S-32)")
-    option("--pretrained", help="tag or checkpoint file of the weights; none: random")
-    option("--trainable", nargs="*", default=["visual.proj", "text_projection"], metavar="PATTERN")
-    option("--evaluate", type=Path, metavar="FILE", help="load this instead of training")
-    option("--output", type=Path, metavar="FILE", help="where the trained model goes")
-    option("--rows", type=int, default=600, help="for training; half as many for the test (default: 600)")
-    option("--missing-rate", type=float, default=0.3, help="of rows without picture or text (default: 0.3)")
-    option("--epochs", type=int, default=5, help="(default: 5)")
-    option("--batch-size", type=int, default=32, help="of each process (default: 32)")
-    option("--lr", type=float, default=1e-2, help="learning rate of the head (default: 0.01)")
-    option("--encoder-lr", type=float, default=1e-3, help="learning rate of what is --trainable (default: 0.001)")
-    option("--weight", type=float, default=0.9, help="λ, of the prototype loss (default: 0.9)")
+    parser = options()
     arguments = parser.parse_args()
     if min(arguments.rows - 7, arguments.epochs, arguments.batch_size) < 1 or not 0 <= arguments.missing_rate <= 1:
         parser.error("Expected --rows of 8 or more, --epochs and --batch-size of 1 or more, --missing-rate in [0, 1].")
     if arguments.output and not arguments.output.absolute().parent.is_dir():
         parser.error(f"Expected --output in a folder that exists, but got {arguments.output}.")
+    if not arguments.evaluate and "WORLD_SIZE" not in os.environ:  # Else one process would do the work of all.
+        hint = "torchrun --nproc-per-node 2 examples/distributed.py, with these arguments"
+        parser.error(f"Expected to be started by torchrun, except with --evaluate, but got one process: {hint}.")
     with process_group() as device:
         try:
             model, transform, tokenizer = build(arguments)

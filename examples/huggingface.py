@@ -13,6 +13,23 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+
+def options() -> argparse.ArgumentParser:
+    """What the program takes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="for from_pretrained: a CLIP, SigLIP, ...; none: a small random CLIP")
+    parser.add_argument("--trainable", nargs="+", default=[], metavar="PATTERN", help="what of the model trains")
+    parser.add_argument("--count", type=int, default=1500, help="how many rows are drawn (default: 1500)")
+    parser.add_argument("--epochs", type=int, default=15, help="(default: 15)")
+    parser.add_argument("--lr", type=float, help="(default: 0.01 for the head on a frozen model, else 0.001)")
+    parser.add_argument("--output", type=Path, default=Path("huggingface"), help="folder (default: huggingface)")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+if __name__ == "__main__":
+    options().parse_args()  # --help answers before the imports that follow, which take seconds.
+
 import torch
 import torch.nn.functional as F
 import transformers
@@ -104,15 +121,7 @@ def build(name: str | None, trainable: list[str]) -> tuple[PrototypeClassifier, 
 
 def main() -> None:
     """Train, choose the epoch by validation, test, save and reload."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="for from_pretrained: a CLIP, SigLIP, ...; none: a small random CLIP")
-    parser.add_argument("--trainable", nargs="+", default=[], metavar="PATTERN", help="what of the model trains")
-    parser.add_argument("--count", type=int, default=1500, help="how many rows are drawn (default: 1500)")
-    parser.add_argument("--epochs", type=int, default=15, help="(default: 15)")
-    parser.add_argument("--lr", type=float, help="(default: 0.01 for the head on a frozen model, else 0.001)")
-    parser.add_argument("--output", type=Path, default=Path("huggingface"), help="folder (default: huggingface)")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = options().parse_args()
     transformers.set_seed(arguments.seed)
     rows = draw(arguments.count, missing_rate=0.3, seed=arguments.seed)
     fifth = len(rows) // 5

@@ -14,6 +14,23 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+
+def options() -> argparse.ArgumentParser:
+    """What the program takes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="open_clip's name; none: a small random CLIP")
+    parser.add_argument("--pretrained", help="tag or checkpoint file of the weights; none: random")
+    parser.add_argument("--trainable", nargs="+", default=[], metavar="PATTERN", help="what of the model trains")
+    parser.add_argument("--count", type=int, default=1500, help="how many rows are drawn (default: 1500)")
+    parser.add_argument("--epochs", type=int, default=15, help="(default: 15)")
+    parser.add_argument("--output", type=Path, default=Path("lightning_run"), help="folder (default: lightning_run)")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+if __name__ == "__main__":
+    options().parse_args()  # --help answers before the imports that follow, which take seconds.
+
 import open_clip
 import torch
 from PIL import Image
@@ -109,15 +126,7 @@ def build(name: str | None, pretrained: str | None, trainable: list[str]) -> tup
 
 def main() -> None:
     """Train, choose the epoch by validation, test, save."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="open_clip's name; none: a small random CLIP")
-    parser.add_argument("--pretrained", help="tag or checkpoint file of the weights; none: random")
-    parser.add_argument("--trainable", nargs="+", default=[], metavar="PATTERN", help="what of the model trains")
-    parser.add_argument("--count", type=int, default=1500, help="how many rows are drawn (default: 1500)")
-    parser.add_argument("--epochs", type=int, default=15, help="(default: 15)")
-    parser.add_argument("--output", type=Path, default=Path("lightning_run"), help="folder (default: lightning_run)")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = options().parse_args()
     seed_everything(arguments.seed)
     rows, fifth = draw(arguments.count, missing_rate=0.3, seed=arguments.seed), arguments.count // 5
     model, collate = build(arguments.model, arguments.pretrained, arguments.trainable)
@@ -129,9 +138,9 @@ def main() -> None:
     frozen = arguments.model is not None and not arguments.trainable
     module = MissingModalities(model, lr=1e-2 if frozen else 1e-3)
     best = ModelCheckpoint(arguments.output, monitor="all/f1", mode="max")
-    options: dict[str, Any] = {"logger": False, "default_root_dir": arguments.output}
+    settings: dict[str, Any] = {"logger": False, "default_root_dir": arguments.output}
     # Lightning's sanity check would validate a head that nothing has trained yet.
-    trainer = Trainer(max_epochs=arguments.epochs, callbacks=[best], num_sanity_val_steps=0, **options)
+    trainer = Trainer(max_epochs=arguments.epochs, callbacks=[best], num_sanity_val_steps=0, **settings)
     trainer.fit(module, loaders["train"], loaders["validation"])
     trainer.test(module, loaders["test"], ckpt_path="best")
     model.save(arguments.output / "model.safetensors")  # The best epoch's, without what is frozen; model.load reads it.

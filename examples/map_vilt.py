@@ -22,6 +22,25 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+BATCH_SIZE = 32
+
+
+def options() -> argparse.ArgumentParser:
+    """What the program takes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pretrained", metavar="NAME", help="a ViLT of the Hugging Face hub, or a folder with one")
+    parser.add_argument("--rows", type=int, default=1000, help="(default: 1000, and half as many for the test)")
+    parser.add_argument("--steps", type=int, default=300, help=f"of {BATCH_SIZE} rows each (default: 300)")
+    parser.add_argument("--missing-rate", type=float, default=0.5, help="share of incomplete rows (default: 0.5)")
+    parser.add_argument("--prototype-weight", type=float, default=0.9, help="λ (default: 0.9)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (default: 1e-3)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    return parser
+
+
+if __name__ == "__main__":
+    options().parse_args()  # --help answers before the imports that follow, which take seconds.
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -36,7 +55,6 @@ FRUITS = {"strawberry": (200, 30, 50), "lime": (80, 180, 40), "lemon": (240, 220
 DISHES = ("soup", "cake", "salad")
 CAPTIONS = ("a bowl of {}", "the {} of the day", "grandmother made this {} for us", "{} served cold")
 CASES = {0: "image+text", 1: "image", 2: "text"}  # MAP's missing_type: complete, text missing, image missing
-BATCH_SIZE = 32
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -166,14 +184,7 @@ def build(pretrained: str | None) -> tuple[Any, Callable[[list[str]], Any]]:
 
 def main() -> None:
     """Train, and print the accuracy by missing case."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pretrained", metavar="NAME", help="a ViLT of the Hugging Face hub, or a folder with one")
-    parser.add_argument("--rows", type=int, default=1000, help="(default: 1000, and half as many for the test)")
-    parser.add_argument("--steps", type=int, default=300, help=f"of {BATCH_SIZE} rows each (default: 300)")
-    parser.add_argument("--missing-rate", type=float, default=0.5, help="share of incomplete rows (default: 0.5)")
-    parser.add_argument("--prototype-weight", type=float, default=0.9, help="λ (default: 0.9)")
-    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (default: 1e-3)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    parser = options()
     arguments = parser.parse_args()
     if arguments.rows < BATCH_SIZE or arguments.steps < 1 or not 0 <= arguments.missing_rate <= 1 or arguments.lr <= 0:
         parser.error(f"Expected --rows >= {BATCH_SIZE}, --steps >= 1, --missing-rate in [0, 1], and --lr > 0.")

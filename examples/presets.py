@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rows import InputError
+from files import InputError
 
 PUBLISHED = json.loads((Path(__file__).parent / "datasets" / "dpl_presets.json").read_text("utf-8"))
 VARIANTS = sorted({row["variant"] for row in PUBLISHED["rows"]})

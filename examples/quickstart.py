@@ -15,6 +15,25 @@ from pathlib import Path
 from typing import NamedTuple
 from zipfile import BadZipFile, is_zipfile
 
+HERE = Path(__file__).parent
+SCALE = 20.0  # Chosen on validation, over this and two other data sets: see benchmarks/RESULTS.md.
+
+
+def options() -> argparse.ArgumentParser:
+    """What the program takes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = HERE / "data" / "openclipart13_small_pca128.npz"
+    described = "arrays image (N, D), text (N, D), label (N,), split (N,); zeros where a modality is missing"
+    parser.add_argument("--data", type=Path, default=default, metavar="FILE.npz", help=described)
+    parser.add_argument("--seeds", type=int, default=5, help="how many seeds (default: 5)")
+    parser.add_argument("--scale", type=float, default=SCALE, help=f"the head's scale (default: {SCALE:g})")
+    parser.add_argument("--figure", type=Path, default=Path("quickstart.png"), help="where the figure goes")
+    return parser
+
+
+if __name__ == "__main__":
+    options().parse_args()  # --help answers before the imports that follow, which take seconds.
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -29,12 +48,10 @@ from tqdm import tqdm
 from protohead import DecoupledPrototypeHead
 from protohead.simulate import missing_table
 
-HERE = Path(__file__).parent
 MISSING_RATE = 0.7
 MISSING = ("image", "text", "both")
 METHODS = ("nn.Linear", "head")
 LEARNING_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
-SCALE = 20.0  # Chosen on validation, over this and two other data sets: see benchmarks/RESULTS.md.
 EPOCHS = 15
 BATCH_SIZE = 64
 
@@ -253,13 +270,7 @@ def draw(scores: dict[tuple[str, str, str], np.ndarray], path: Path) -> None:
 
 def main() -> None:
     """Run the comparison, print the table, save the figure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = HERE / "data" / "openclipart13_small_pca128.npz"
-    described = "arrays image (N, D), text (N, D), label (N,), split (N,); zeros where a modality is missing"
-    parser.add_argument("--data", type=Path, default=default, metavar="FILE.npz", help=described)
-    parser.add_argument("--seeds", type=int, default=5, help="how many seeds (default: 5)")
-    parser.add_argument("--scale", type=float, default=SCALE, help=f"the head's scale (default: {SCALE:g})")
-    parser.add_argument("--figure", type=Path, default=Path("quickstart.png"), help="where the figure goes")
+    parser = options()
     arguments = parser.parse_args()
     if arguments.seeds < 1:
         parser.error(f"Expected --seeds to be at least 1, but got {arguments.seeds}.")

@@ -12,6 +12,7 @@ from protohead.checkpoint import frozen_modules, load_model, save_model
 from protohead.head import DecoupledPrototypeHead
 from protohead.inputs import Present, blank_row, check_inputs, select_rows
 from protohead.objective import Objective
+from protohead.raw import raw_hint
 
 __all__ = ["PrototypeClassifier", "encode_rows", "joint_rows"]
 
@@ -254,10 +255,14 @@ def encode_rows(name: str, encoder: Encoder, rows: Any, count: int) -> Tensor:
 
     Raises:
         ValueError: If it returns anything else.
+        TypeError: If it cannot take texts or pictures that nobody has prepared.
     """
     try:
         out = encoder(**rows) if isinstance(rows, Mapping) else encoder(rows)
     except Exception as error:
+        # An encoder of one's own may take texts, or pictures: only now it is known.
+        if isinstance(error, (AttributeError, TypeError)) and (hint := raw_hint(name, rows)):
+            raise TypeError(f"Expected inputs of {name!r} that its encoder takes, but {hint}.") from error
         if hasattr(error, "add_note"):  # From Python 3.11 on. The shapes in the message are not those of the batch.
             error.add_note(f"This was the encoder of {name!r}, given the {count} rows that have it.")
         raise

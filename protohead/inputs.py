@@ -8,6 +8,7 @@ from torch import Tensor
 
 from protohead.cases import is_empty, present_from_flags
 from protohead.context import is_readable
+from protohead.raw import raw_hint
 
 __all__ = [
     "Features",
@@ -184,7 +185,8 @@ def _batch_size(name: str, x: Any) -> int:
     tensors = [value for value in (x.values() if isinstance(x, Mapping) else [x]) if isinstance(value, Tensor)]
     if not tensors or any(value.dim() == 0 for value in tensors):
         wanted = "a tensor, a mapping of tensors (return_tensors='pt'), or a list, with one row a sample"
-        raise TypeError(f"Expected inputs of {name!r} to be {wanted}, but got {_kind(x)}.")
+        _, mark, advice = raw_hint(name, x).partition(": ")
+        raise TypeError(f"Expected inputs of {name!r} to be {wanted}, but got {_kind(x)}{mark}{advice}.")
     if len({len(value) for value in tensors}) > 1:
         got = {key: tuple(value.shape) for key, value in x.items() if isinstance(value, Tensor)}
         raise ValueError(f"Expected the tensors of {name!r} to have one batch size, but got {got}.")

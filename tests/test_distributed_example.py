@@ -118,8 +118,19 @@ def test_it_learns_on_two_ranks_and_its_file_loads_on_one(two_ranks, tiny, one_p
         (["--evaluate", "/nowhere/model"], "No such file"),
     ],
 )
-def test_what_is_wrong_is_said(tiny, one_process, capsys, arguments, message):
+def test_what_is_wrong_is_said(tiny, one_process, monkeypatch, capsys, arguments, message):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", "0")):
+        monkeypatch.setenv(name, value)  # As torchrun does.
     with pytest.raises(SystemExit):
         one_process(*tiny, *arguments)
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"distributed.py: error: {message}")
     assert not torch.distributed.is_initialized()
+
+
+def test_training_without_torchrun_says_what_to_do(tiny, one_process, monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "build", lambda _: pytest.fail("It began to work."))
+    with pytest.raises(SystemExit):
+        one_process(*tiny)
+    printed = capsys.readouterr().err
+    assert "Expected to be started by torchrun" in printed
+    assert "torchrun --nproc-per-node 2 examples/distributed.py" in printed

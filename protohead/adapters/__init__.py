@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from protohead.adapters import dcp, map, open_clip, transformers
+from protohead.adapters.extra import add_extra, check_extra, without
 from protohead.adapters.probe import chosen_parameters, parameters_of, try_encoders
 from protohead.classifier import PrototypeClassifier
 from protohead.head import DecoupledPrototypeHead
@@ -23,6 +24,7 @@ def attach(
     *,
     trainable: str | Sequence[str] = (),
     example: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
     prototype_weight: float | None = None,
     **head_options: Any,
 ) -> Any:
@@ -41,6 +43,9 @@ def attach(
         example: Inputs of one row or more, as the model will be given them, on which each encoder is tried once, to
             find its width and the parameters that it uses; without it, all are taken for used. It may be on the meta
             device: modules are then tried there. For open_clip and transformers models one is made.
+        extra: Further modalities, each to an encoder of your own, as in ``{"tabular": mlp}``. They stay trainable as
+            they are. Their widths are found on `example`, which may be of them alone, or, where an encoder begins with
+            a linear layer, on a row of zeros.
         prototype_weight: λ, the weight of the prototype loss in what MAP's and DCP's own loops sum (default there:
             see :mod:`protohead.adapters.map`). In your own loop you add the loss yourself.
         **head_options: As in :class:`~protohead.DecoupledPrototypeHead`. `in_features` is needed for a mapping without
@@ -65,10 +70,10 @@ def attach(
     """
     for fits, attach_in_place in ((map.fits, map.attach_map), (dcp.fits, dcp.attach_dcp)):
         if fits(backbone):
-            if trainable or example is not None or "in_features" in head_options:
+            if trainable or example is not None or extra is not None or "in_features" in head_options:
                 raise ValueError(
-                    "Expected no `trainable`, `example` or `in_features` for a module that trains itself: it says what "
-                    "it trains, and how wide its features are."
+                    "Expected no `trainable`, `example`, `extra` or `in_features` for a module that trains itself: it "
+                    "says what it trains, and how wide its features are."
                 )
             return attach_in_place(backbone, num_classes, prototype_weight, head_options)
     if prototype_weight is not None:
@@ -78,11 +83,16 @@ def attach(
         )
     check_count("num_classes", num_classes)
     encoders, own, named = _read_backbone(backbone)
-    widths, reached = _try(encoders, own, example, named, head_options.pop("in_features", None))
+    extra = check_extra(extra, encoders)
+    in_features = head_options.pop("in_features", None)
+    widths, reached = _try(encoders, own, without(example, extra), named, without(in_features, extra))
+    if extra:
+        widths = add_extra(widths, extra, example or {}, in_features)
+        encoders = {**encoders, **extra}
     chosen = chosen_parameters([trainable] if isinstance(trainable, str) else trainable, named, reached)
     defaults: dict[str, Any] = {"device": named[0][1].device if named else None}
     if own is not None:  # The towers of one model, trained together.
-        defaults["shared_space"] = len(set(widths.values())) == 1
+        defaults["shared_space"] = len(set(widths.values())) == 1 and not extra
     head = DecoupledPrototypeHead(widths, num_classes, **{**defaults, **head_options})
     model = PrototypeClassifier(encoders, head)
     for _, p in named:

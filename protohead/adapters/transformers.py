@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from protohead.classifier import Encoder
+from protohead.raw import raw_hint
 
 LOOKED_FOR = "transformers' models: methods `get_image_features` and `get_text_features`; or ViLT's `config.model_type`"
 
@@ -122,9 +123,8 @@ def _tensors(name: str, inputs: Mapping[str, Any], key: str) -> dict[str, Tensor
     x = inputs.get(name)
     if isinstance(x, Sequence):
         if wrong := [row for row in x if row is not None and not isinstance(row, Tensor)]:
-            raise TypeError(
-                f"Expected a list of tensors, or None, for ViLT's {name!r}, but got {type(wrong[0]).__name__}."
-            )
+            got, (_, mark, advice) = type(wrong[0]).__name__, raw_hint(name, wrong).partition(": ")
+            raise TypeError(f"Expected a list of tensors, or None, for ViLT's {name!r}, but got {got}{mark}{advice}.")
         blank = next((torch.zeros_like(row) for row in x if row is not None), None)
         x = None if blank is None else torch.stack([blank if row is None else row for row in x])
     if isinstance(x, Mapping) and key not in x:
