@@ -253,6 +253,21 @@ def deferred(rank):
     return [whole(p).detach() for p in head.prototypes.values()]
 
 
+def closed_form(rank, split):
+    """The state of a head that is imprinted, and what comes back; each rank has its share of the rows."""
+    torch.manual_seed(0)
+    x, labels, present = torch.randn(60, 7).double() + 2, torch.arange(60) % 3, torch.rand(60, 2) < 0.7
+    x += torch.eye(7)[labels]
+    shares = {"halves": [slice(30), slice(30, 60)], "one": [slice(60), slice(0)], "uneven": [slice(0, 60, 3), None]}
+    rows = torch.arange(60)
+    mine = rows if rank is None else rows[shares[split][rank] or rows % 3 > 0]
+    head = DecoupledPrototypeHead({"image": 4, "text": 3}, 3, cases="all", dtype=torch.float64)
+    batches = ((x[i], labels[i], present[i]) for i in mine.split(8) if len(i))
+    moments = head.imprint(batches)
+    later = head.imprint(x[mine], labels[mine], present[mine], shrinkage=0.3, moments=moments)
+    return state(head), moments, later
+
+
 def batch_norm(rank):
     """Running statistics after a batch without images."""
     model, two = build()
@@ -277,6 +292,7 @@ def half_precision(rank):
 
 def scenarios(folder):
     names = {("train", *case): (train, case) for case in EQUAL}
+    names |= {("closed_form", split): (closed_form, (split,)) for split in ("halves", "one", "uneven")}
     names |= {("head", s): (head_alone, (s,)) for s in ("ddp", "fsdp")}
     names |= {("accumulate", s): (accumulate, (s,)) for s in ("root", "head")}
     names |= {("checkpoints", s): (checkpoints, (s, folder)) for s in ("ddp", "root", "head")}
@@ -386,6 +402,13 @@ def test_a_head_that_was_sharded_on_the_meta_device_is_drawn_as_any(results):
     for prototype, width in zip(first, (400, 300), strict=True):
         assert not torch.equal(*prototype)
         assert_same(prototype.std((1, 2)), torch.full((2,), (2 / (width + 10)) ** 0.5), atol=2e-3)
+
+
+@pytest.mark.parametrize("split", ["halves", "one", "uneven"])
+def test_sums_for_the_closed_form_are_those_of_all_ranks(results, split):
+    expected = closed_form(None, split)
+    for got in results("closed_form", split):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_blank_rows_reach_no_running_statistics(results):
