@@ -12,6 +12,7 @@ from protohead.context import is_readable
 __all__ = [
     "Features",
     "Present",
+    "batch_size",
     "blank_row",
     "check_device",
     "check_finite",
@@ -157,7 +158,7 @@ def check_inputs(inputs: Mapping[str, Any], present: Present | None, modalities:
     if unknown := [name for name in inputs if name not in modalities]:
         raise ValueError(f"Expected inputs of {tuple(modalities)}, but got others: {unknown}.")
     rows = {name: x for name in modalities if (x := inputs.get(name)) is not None}
-    sizes = {name: _batch_size(name, x) for name, x in rows.items()}
+    sizes = {name: batch_size(name, x) for name, x in rows.items()}
     mask = None if present is None else read_present(present, modalities)
     if mask is not None:
         sizes["present"] = len(mask)
@@ -178,7 +179,8 @@ def check_inputs(inputs: Mapping[str, Any], present: Present | None, modalities:
     return mask
 
 
-def _batch_size(name: str, x: Any) -> int:
+def batch_size(name: str, x: Any) -> int:
+    """How many rows an input has."""
     if isinstance(x, Sequence) and not isinstance(x, (str, bytes)):
         return len(x)
     tensors = [value for value in (x.values() if isinstance(x, Mapping) else [x]) if isinstance(value, Tensor)]
@@ -209,12 +211,13 @@ def _rows_there(x: Any) -> Tensor:
 
 
 def select_rows(x: Any, index: Tensor, batch: int) -> Any:
-    """Some of the B rows of what :func:`check_inputs` accepts; a list of tensors is stacked."""
+    """Some of the B rows, in any order, of what :func:`check_inputs` accepts; a list of tensors is stacked."""
     if isinstance(x, Mapping):
         by_row = {key for key, value in x.items() if isinstance(value, (Tensor, list, tuple)) and len(value) == batch}
         return {key: select_rows(value, index, batch) if key in by_row else value for key, value in x.items()}
     if isinstance(x, Tensor):
-        return x if len(index) == batch else x[index.to(x.device)]
+        every = len(index) == batch and torch.equal(index, torch.arange(batch))
+        return x if every else x[index.to(x.device)]
     rows = [x[i] for i in index.tolist()]
     return torch.stack(rows) if all(isinstance(row, Tensor) for row in rows) else rows
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from protohead.adapters import dcp, map, open_clip, transformers
 from protohead.adapters.probe import chosen_parameters, parameters_of, try_encoders
+from protohead.adapters.towers import make_prompts, put_on, read_towers
 from protohead.classifier import PrototypeClassifier
 from protohead.head import DecoupledPrototypeHead
 from protohead.options import check_count
@@ -21,7 +22,8 @@ def attach(
     backbone: Any,
     num_classes: int,
     *,
-    trainable: str | Sequence[str] = (),
+    trainable: str | Sequence[str] | None = None,
+    prompts: str | nn.Module | None = None,
     example: Mapping[str, Any] | None = None,
     prototype_weight: float | None = None,
     **head_options: Any,
@@ -37,7 +39,10 @@ def attach(
         num_classes: K.
         trainable: Shell-style patterns of the backbone's parameter names (for a mapping, after the modality's name and
             a dot), such as ``("visual.proj", "*ln_post*", "ln_final*")``. Parameters that the head never reaches, such
-            as CLIP's `logit_scale`, stay frozen.
+            as CLIP's `logit_scale`, stay frozen. By default none; with prompts, what DCP trains: the image projection
+            and the final norms.
+        prompts: Missing-aware prompts for the two towers, which are trained: ``"dcp"``, ``"map"`` or a module, such as
+            :class:`protohead.prompts.DcpPrompts` with other lengths; see :mod:`protohead.prompts`.
         example: Inputs of one row or more, as the model will be given them, on which each encoder is tried once, to
             find its width and the parameters that it uses; without it, all are taken for used. It may be on the meta
             device: modules are then tried there. For open_clip and transformers models one is made.
@@ -52,7 +57,8 @@ def attach(
 
     Raises:
         TypeError: If the backbone is none of these, with what was looked for.
-        ValueError: If a pattern finds nothing to train, or an argument is not as said. The backbone is then unchanged.
+        ValueError: If a pattern finds nothing to train, the towers cannot take prompts, or an argument is not as said.
+            The backbone is then unchanged.
 
     Example:
         >>> encoders = {"image": nn.Linear(8, 4), "text": nn.Linear(6, 4)}
@@ -70,6 +76,8 @@ def attach(
                     "Expected no `trainable`, `example` or `in_features` for a module that trains itself: it says what "
                     "it trains, and how wide its features are."
                 )
+            if prompts is not None:
+                raise ValueError("Expected no `prompts` for the modules of MAP and DCP: they bring their own.")
             return attach_in_place(backbone, num_classes, prototype_weight, head_options)
     if prototype_weight is not None:
         raise ValueError(
@@ -78,12 +86,18 @@ def attach(
         )
     check_count("num_classes", num_classes)
     encoders, own, named = _read_backbone(backbone)
+    towers = None if prompts is None else read_towers(backbone)
+    module = None if towers is None else make_prompts(prompts, towers)
+    if trainable is None:
+        trainable = () if towers is None else towers.trained
     widths, reached = _try(encoders, own, example, named, head_options.pop("in_features", None))
     chosen = chosen_parameters([trainable] if isinstance(trainable, str) else trainable, named, reached)
     defaults: dict[str, Any] = {"device": named[0][1].device if named else None}
     if own is not None:  # The towers of one model, trained together.
         defaults["shared_space"] = len(set(widths.values())) == 1
     head = DecoupledPrototypeHead(widths, num_classes, **{**defaults, **head_options})
+    if towers is not None and module is not None:
+        encoders = put_on(towers, module, widths)
     model = PrototypeClassifier(encoders, head)
     for _, p in named:
         p.requires_grad_(p in chosen)
