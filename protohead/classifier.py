@@ -211,8 +211,9 @@ class PrototypeClassifier(nn.Module):
                 if len(index) == 0:
                     features[name] = torch.zeros(batch, widths[name], device=self._device()) + self._join(name, inputs)
                     continue
-                x = encode_rows(name, self._encoder(name), select_rows(inputs[name], index, batch), len(index))
-                if len(index) < batch:
+                some = None if len(index) == batch else index
+                x = encode_rows(name, self._encoder(name), select_rows(inputs[name], some, batch), len(index))
+                if some is not None:
                     x = x.new_zeros(batch, x.shape[1]).index_copy(0, index.to(x.device), x)
                 features[name] = x
         for name, width in widths.items():

@@ -210,15 +210,14 @@ def _rows_there(x: Any) -> Tensor:
     return torch.stack([(value != 0)[:, None].flatten(1).any(1) for value in tensors]).any(0).cpu()
 
 
-def select_rows(x: Any, index: Tensor, batch: int) -> Any:
-    """Some of the B rows, in any order, of what :func:`check_inputs` accepts; a list of tensors is stacked."""
+def select_rows(x: Any, index: Tensor | None, batch: int) -> Any:
+    """Some of the B rows, or all, of what :func:`check_inputs` accepts; a list of tensors is stacked."""
     if isinstance(x, Mapping):
         by_row = {key for key, value in x.items() if isinstance(value, (Tensor, list, tuple)) and len(value) == batch}
         return {key: select_rows(value, index, batch) if key in by_row else value for key, value in x.items()}
     if isinstance(x, Tensor):
-        every = len(index) == batch and torch.equal(index, torch.arange(batch))
-        return x if every else x[index.to(x.device)]
-    rows = [x[i] for i in index.tolist()]
+        return x if index is None else x[index.to(x.device)]
+    rows = list(x) if index is None else [x[i] for i in index.tolist()]
     return torch.stack(rows) if all(isinstance(row, Tensor) for row in rows) else rows
 
 

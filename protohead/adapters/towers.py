@@ -86,8 +86,10 @@ class PromptedTowers(nn.Module):
         features = {}
         for name in present:
             index = torch.cat([group.nonzero()[:, 0] for group in groups[name]])
-            source = index if rows is None else rows[index]
-            features[name] = self._place(name, index, len(complete), self._encode(name, inputs, source, counts[name]))
+            every = len(complete) in counts[name]  # All of one case: they stand as they are.
+            source = rows if every else index if rows is None else rows[index]
+            x = self._encode(name, inputs, source, counts[name])
+            features[name] = x if every else x.new_zeros(len(complete), x.shape[1]).index_copy(0, index.to(x.device), x)
         if dist.is_available() and dist.is_initialized():  # Each rank may have other cases, but needs all prompts.
             zero = zero_of([p for p in self.parameters() if p.requires_grad and not is_sharded(p)], self.seen.device)
             features = {name: x + zero for name, x in features.items()}
@@ -104,18 +106,18 @@ class PromptedTowers(nn.Module):
                 if complete and not alone:
                     counts[name][:] = [sum(counts[name]), 0]
 
-    def _encode(self, name: str, inputs: Mapping[str, Any], source: Tensor, counts: list[int]) -> Tensor:
-        """(n, D) features of some rows of the inputs, the first of them as complete rows, the others as alone."""
+    def _encode(self, name: str, inputs: Mapping[str, Any], source: Tensor | None, counts: list[int]) -> Tensor:
+        """(n, D) features of some rows of the inputs, or all; the first as complete rows, the others as alone."""
         encoder: Callable[..., Any] = getattr(self.towers, self.methods[name])
         blocks: Any = self.towers.get_submodule(self.paths[name])
-        run = partial(encode_rows, name, encoder)
+        run, count = partial(encode_rows, name, encoder), sum(counts)
         if blocks.edits is not None:
             raise RuntimeError(f"Expected one call at a time of the {name} tower, but another one has its prompts.")
         try:
-            if len(source):
+            if count:
                 blocks.edits = self._edits(name, counts)
                 x = inputs[name]
-                return run(rows=select_rows(x, source, batch_size(name, x)), count=len(source))
+                return run(rows=select_rows(x, source, batch_size(name, x)), count=count)
             if dist.is_available() and dist.is_initialized() and is_collective(self.towers, name):
                 blocks.edits = self._edits(name, [1, 0])
                 return run_blank(self.towers, partial(run, count=1), name, inputs)[:0]
@@ -133,12 +135,6 @@ class PromptedTowers(nn.Module):
         if len(each) == 1:
             return list(each[0])
         return [partial(_edit_groups, edits=edits, counts=[*cases.values()]) for edits in zip(*each, strict=True)]
-
-    def _place(self, name: str, index: Tensor, batch: int, x: Tensor) -> Tensor:
-        """The rows where they belong among all, which are zeros."""
-        if torch.equal(index, torch.arange(batch)):
-            return x
-        return x.new_zeros(batch, x.shape[1]).index_copy(0, index.to(x.device), x)
 
 
 def _edit_groups(tokens: Tensor, edits: tuple[Edit, ...], counts: list[int]) -> Tensor:
@@ -238,9 +234,7 @@ def make_prompts(prompts: Any, towers: Towers) -> nn.Module:
         for name in MODALITIES:
             lengths = {case: _try(prompts, name, case, towers) for case in (COMPLETE, name)}
             if lengths[COMPLETE] != lengths[name]:
-                raise ValueError(
-                    f"Expected as many tokens after each prompt function in both cases, but got {lengths}."
-                )
+                raise ValueError(f"Expected prompts to add as many tokens in both cases, but there are {lengths}.")
     return prompts
 
 
