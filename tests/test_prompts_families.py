@@ -86,6 +86,7 @@ class Slow:
         tokens = torch.cat([self.prompts[None], tokens], dim=1)
         if key == "x":
             return (tokens, mask), {}
+        kwargs = {k: x for k, x in kwargs.items() if k != "causal_attention_mask"}  # Of transformers 4: `mask` has it.
         return (), {**kwargs, "inputs_embeds": tokens, "attention_mask": mask[None, None]}
 
     def after(self, _, args, out):
