@@ -6,14 +6,13 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from protohead.checkpoint import frozen_modules, load_model, save_model
 from protohead.head import DecoupledPrototypeHead
 from protohead.inputs import Present, check_inputs, check_labels, select_rows
 from protohead.objective import Objective, encode_subcases, read_objective
-from protohead.sharding import is_collective, run_blank, zero_of
+from protohead.sharding import has_ranks, is_collective, run_blank, zero_of
 
 __all__ = ["PrototypeClassifier", "encode_rows", "joint_rows"]
 
@@ -231,7 +230,7 @@ class PrototypeClassifier(nn.Module):
 
     def _join(self, name: str, inputs: Mapping[str, Any]) -> Tensor | float:
         """A zero that keeps an encoder in this rank's graph although no row needs it, as DDP and FSDP2 want."""
-        if not (dist.is_available() and dist.is_initialized()) or name in self._functions:
+        if not has_ranks() or name in self._functions:
             return 0.0
         module, encoder = self.encoders[self._places[name][0]], self._encoder(name)
         if is_collective(module, name):

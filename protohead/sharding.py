@@ -16,6 +16,7 @@ from protohead.inputs import blank_row
 __all__ = [
     "gather",
     "gather_for_loss",
+    "has_ranks",
     "is_collective",
     "is_managed",
     "is_sharded",
@@ -36,6 +37,11 @@ def sum_between_ranks(x: Tensor, module: nn.Module) -> Tensor:
     if ddp is not None or is_managed(module):
         dist.all_reduce(x, group=None if ddp is None else ddp.process_group)
     return x
+
+
+def has_ranks() -> bool:
+    """Whether there may be other processes, whose rows have other modalities and cases."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def is_managed(module: nn.Module) -> bool:

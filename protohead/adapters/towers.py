@@ -11,7 +11,6 @@ from importlib import import_module
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from protohead.adapters import open_clip, transformers
@@ -19,7 +18,7 @@ from protohead.classifier import encode_rows
 from protohead.context import is_transformed
 from protohead.inputs import batch_size, select_rows
 from protohead.prompts import COMPLETE, MODALITIES, Blocks, DcpPrompts, Edit, MapPrompts
-from protohead.sharding import is_collective, is_sharded, run_blank, sum_between_ranks, zero_of
+from protohead.sharding import has_ranks, is_collective, is_sharded, run_blank, sum_between_ranks, zero_of
 
 __all__ = ["PromptedTowers", "Towers", "make_prompts", "put_on", "read_towers", "tower_widths"]
 
@@ -79,6 +78,8 @@ class PromptedTowers(nn.Module):
         """
         columns = {name: present[name].cpu() for name in MODALITIES}
         complete = columns["image"] & columns["text"]
+        if has_ranks():
+            self._check_shards()
         # Rows of one case stand together; the complete case comes first.
         groups = {name: [complete, column & ~complete] for name, column in columns.items()}
         counts = {name: [int(group.sum()) for group in groups[name]] for name in MODALITIES}
@@ -90,7 +91,7 @@ class PromptedTowers(nn.Module):
             source = rows if every else index if rows is None else rows[index]
             x = self._encode(name, inputs, source, counts[name])
             features[name] = x if every else x.new_zeros(len(complete), x.shape[1]).index_copy(0, index.to(x.device), x)
-        if dist.is_available() and dist.is_initialized():  # Each rank may have other cases, but needs all prompts.
+        if has_ranks():  # Each rank may have other cases, but needs all prompts.
             zero = zero_of([p for p in self.parameters() if p.requires_grad and not is_sharded(p)], self.seen.device)
             features = {name: x + zero for name, x in features.items()}
         return features
@@ -118,12 +119,18 @@ class PromptedTowers(nn.Module):
                 blocks.edits = self._edits(name, counts)
                 x = inputs[name]
                 return run(rows=select_rows(x, source, batch_size(name, x)), count=count)
-            if dist.is_available() and dist.is_initialized() and is_collective(self.towers, name):
+            if has_ranks() and is_collective(self.towers, name):
                 blocks.edits = self._edits(name, [1, 0])
                 return run_blank(self.towers, partial(run, count=1), name, inputs)[:0]
         finally:
             blocks.edits = None
         return torch.zeros(0, self.in_features[name], device=self.seen.device)
+
+    def _check_shards(self) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
+        if isinstance(self.prompts, FSDPModule):  # Its calls, as many as the rank has cases, would be collectives.
+            raise RuntimeError("Expected `fully_shard` on the model, not on its prompts alone: ranks have other cases.")
 
     def _edits(self, name: str, counts: list[int]) -> list[Edit]:
         """The functions of the cases that the rows have; made once a case."""
