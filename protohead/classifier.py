@@ -127,6 +127,9 @@ class PrototypeClassifier(nn.Module):
     def loss(self, inputs: Mapping[str, Any], present: Present | None, labels: Tensor, **options: Any) -> Tensor:
         """The whole training objective of a batch, as the head's :meth:`~protohead.DecoupledPrototypeHead.loss`.
 
+        With prompts, a complete row is also encoded as the rows without text and without image that it could be, which
+        doubles what it costs: see `subcase_share` in :class:`~protohead.objective.Objective`.
+
         Args:
             inputs: As in :meth:`forward`.
             present: As in :meth:`forward`.
@@ -193,7 +196,7 @@ class PrototypeClassifier(nn.Module):
         return self.head.seen.device
 
     def _is_by_case(self) -> bool:
-        """Whether the features of a row depend on its missing case, as with prompts."""
+        """Whether an encoder says that features depend on the missing case, as prompts do; it takes `rows`, too."""
         return self._joint and getattr(self._encoder(self.head.modalities[0]), "by_case", False)
 
     def _encode(self, inputs: Mapping[str, Any], present: Tensor, rows: Tensor | None = None) -> dict[str, Tensor]:

@@ -179,13 +179,13 @@ def encode_subcases(present: Tensor, objective: Objective) -> tuple[Tensor, Tens
         >>> rows.tolist(), sorted(present.tolist()[2:])
         ([0, 1, 1, 1], [[False, True], [True, False]])
     """
-    rows, (first, second) = torch.arange(len(present)), split_modalities(present)
+    rows, (first, second) = torch.arange(len(present), device=present.device), split_modalities(present)
     some = first.any(1).nonzero()[:, 0]
     whole, weight = len(some), objective.subcase_weight
     if not weight:
         some = some[:0]
     elif objective.subcase_share < 1:
-        some = some[torch.randperm(whole)[: max(1, round(objective.subcase_share * whole))]]
+        some = some[torch.randperm(whole, device=present.device)[: max(1, round(objective.subcase_share * whole))]]
         weight *= whole / max(1, len(some))
     options = {name: getattr(objective, name) for name in OPTIONS} | {"subcase_weight": weight}
     index, mask = torch.cat([rows, some, some]), torch.cat([present, first[some], second[some]])

@@ -162,6 +162,7 @@ def test_features_and_logits_are_those_of_the_published_model(prompts):
         logits = published.logits(expected, MISSING_TYPE)
         torch.testing.assert_close(model(batch, PRESENT), logits, rtol=1e-5, atol=1e-4)
     assert model.head.cases == ("image+text", "image", "text")
+    assert not prompts or next(iter(model.encoders.values())).seen.all()
     trained = {name.rpartition("clip.")[2] for name, p in model.encoders.named_parameters() if p.requires_grad}
     assert {name for name in trained if "prompts" not in name} == {
         "visual.proj", "visual.ln_post.weight", "visual.ln_post.bias", "ln_final.weight", "ln_final.bias"

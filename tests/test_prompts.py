@@ -454,4 +454,8 @@ def test_other_refusals():
 
 
 def test_widths():
-    assert tower_widths(tiny()) == WIDTHS
+    clip = tiny()
+    assert tower_widths(clip) == WIDTHS
+    clip.transformer.batch_first = False
+    with pytest.raises(ValueError, match="but got CLIP with VisionTransformer"):
+        tower_widths(clip)

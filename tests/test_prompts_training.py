@@ -62,6 +62,17 @@ def test_a_row_does_not_depend_on_its_batch(kind):
     close({k: x.detach() for k, x in model.encode(lists).items()}, {k: x.detach() for k, x in together.items()})
 
 
+def test_rows_that_all_have_a_modality_stay_in_their_places():
+    model, inputs = prompted().eval(), batch()
+    mixed = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 0], [1, 1], [1, 0]]).bool()
+    together = model.encode(inputs, mixed)["image"]
+    for row in range(6):
+        alone = model.encode({name: x[row : row + 1] for name, x in inputs.items()}, mixed[row : row + 1])["image"]
+        torch.testing.assert_close(alone[0], together[row], rtol=1e-5, atol=1e-5)
+    some = parts(model)[0](inputs, dict.fromkeys(WIDTHS, torch.ones(3, dtype=torch.bool)), rows=torch.tensor([2, 2, 0]))
+    torch.testing.assert_close(some["image"], together[[2, 2, 0]], rtol=1e-5, atol=1e-5)
+
+
 def test_the_users_order_of_modalities():
     model, inputs = prompted(), batch()
     other = prompted(in_features={"text": 16, "image": 16})
@@ -195,6 +206,8 @@ def test_a_case_that_training_never_had_uses_the_complete_ones_prompts(kind):
     as_complete = model.encode(inputs, complete)["image"]
     assert not torch.equal(own, as_complete)
     model.train()(inputs, complete)
+    with torch.no_grad():
+        model.encode(inputs, only_image)  # To cache features is no training.
     assert parts(model)[0].seen.tolist() == [[6, 0], [6, 0]]
     torch.testing.assert_close(model.eval().encode(inputs, only_image)["image"], as_complete)
     mixed = model.encode(inputs, PRESENT)["image"]

@@ -9,7 +9,7 @@ from torch import nn
 
 from protohead.adapters import dcp, map, open_clip, transformers
 from protohead.adapters.probe import chosen_parameters, parameters_of, try_encoders
-from protohead.adapters.towers import make_prompts, put_on, read_towers
+from protohead.adapters.towers import put_on, read_towers
 from protohead.classifier import PrototypeClassifier
 from protohead.head import DecoupledPrototypeHead
 from protohead.options import check_count
@@ -71,13 +71,11 @@ def attach(
     """
     for fits, attach_in_place in ((map.fits, map.attach_map), (dcp.fits, dcp.attach_dcp)):
         if fits(backbone):
-            if trainable or example is not None or "in_features" in head_options:
+            if trainable or prompts is not None or example is not None or "in_features" in head_options:
                 raise ValueError(
-                    "Expected no `trainable`, `example` or `in_features` for a module that trains itself: it says what "
-                    "it trains, and how wide its features are."
+                    "Expected no `trainable`, `prompts`, `example` or `in_features` for a module that trains itself: "
+                    "it says what it trains, and how wide its features are."
                 )
-            if prompts is not None:
-                raise ValueError("Expected no `prompts` for the modules of MAP and DCP: they bring their own.")
             return attach_in_place(backbone, num_classes, prototype_weight, head_options)
     if prototype_weight is not None:
         raise ValueError(
@@ -86,8 +84,7 @@ def attach(
         )
     check_count("num_classes", num_classes)
     encoders, own, named = _read_backbone(backbone)
-    towers = None if prompts is None else read_towers(backbone)
-    module = None if towers is None else make_prompts(prompts, towers)
+    towers = None if prompts is None else read_towers(backbone, prompts)
     if trainable is None:
         trainable = () if towers is None else towers.trained
     widths, reached = _try(encoders, own, example, named, head_options.pop("in_features", None))
@@ -96,8 +93,8 @@ def attach(
     if own is not None:  # The towers of one model, trained together.
         defaults["shared_space"] = len(set(widths.values())) == 1
     head = DecoupledPrototypeHead(widths, num_classes, **{**defaults, **head_options})
-    if towers is not None and module is not None:
-        encoders = put_on(towers, module, widths)
+    if towers is not None:
+        encoders = put_on(towers, widths)
     model = PrototypeClassifier(encoders, head)
     for _, p in named:
         p.requires_grad_(p in chosen)

@@ -5,7 +5,7 @@ but while a prompted call runs. The names in the model's state_dict do not chang
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -20,7 +20,7 @@ from protohead.inputs import batch_size, select_rows
 from protohead.prompts import COMPLETE, MODALITIES, Blocks, DcpPrompts, Edit, MapPrompts
 from protohead.sharding import has_ranks, is_collective, is_sharded, run_blank, sum_between_ranks, zero_of
 
-__all__ = ["PromptedTowers", "Towers", "make_prompts", "put_on", "read_towers", "tower_widths"]
+__all__ = ["PromptedTowers", "Towers", "put_on", "read_towers", "tower_widths"]
 
 SUPPORTED = (
     "open_clip's CLIP, CustomTextCLIP and CoCa whose towers are its own transformers (no ResNet, timm or Hugging Face "
@@ -99,7 +99,7 @@ class PromptedTowers(nn.Module):
     def _mark(self, counts: Mapping[str, list[int]]) -> None:
         """In training, mark the cases as seen; else count rows of a case that was not as complete ones."""
         if self.training:
-            if not is_transformed():
+            if torch.is_grad_enabled() and not is_transformed():  # Not where features are cached.
                 new = torch.tensor([counts[name] for name in MODALITIES], device=self.seen.device)
                 self.seen += sum_between_ranks(new, self)
         elif any(alone for _, alone in counts.values()):
@@ -166,6 +166,7 @@ class Towers:
         depths: Name of a modality to the number of its blocks.
         device: Of the parameters.
         trained: The names of the model's parameters that DCP trains beside its prompts.
+        prompts: The module.
     """
 
     module: nn.Module
@@ -177,6 +178,7 @@ class Towers:
     depths: dict[str, int]
     device: torch.device
     trained: tuple[str, ...]
+    prompts: Any = None
 
 
 def tower_widths(backbone: Any) -> dict[str, int]:
@@ -196,11 +198,16 @@ def tower_widths(backbone: Any) -> dict[str, int]:
     return read_towers(backbone).widths
 
 
-def read_towers(backbone: Any) -> Towers:
-    """The towers of a model.
+def read_towers(backbone: Any, prompts: Any = None) -> Towers:
+    """The towers of a model, and prompts for them.
+
+    Args:
+        backbone: The model.
+        prompts: As in :func:`protohead.attach`.
 
     Raises:
-        ValueError: If they cannot be prompted, with what is supported.
+        ValueError: If they cannot be prompted, with what is supported; or if the prompts do not fit.
+        TypeError: If the prompts are neither a name nor a module.
     """
     towers: Towers | None = None
     if open_clip.fits(backbone):  # What follows imports the family.
@@ -208,7 +215,7 @@ def read_towers(backbone: Any) -> Towers:
     elif transformers.fits(backbone):
         towers = import_module("protohead.adapters.transformers_blocks").read_towers(backbone)
     if towers is not None:
-        return towers
+        return towers if prompts is None else replace(towers, prompts=_make_prompts(prompts, towers))
     raise ValueError(f"Expected a model for `prompts` of {SUPPORTED}; but got {_kind(backbone)}.")
 
 
@@ -217,17 +224,8 @@ def _kind(backbone: Any) -> str:
     return type(backbone).__name__ + (f" with {' and '.join(towers)}" if towers else "")
 
 
-def make_prompts(prompts: Any, towers: Towers) -> nn.Module:
-    """The prompt module that was asked for, tried on tokens of zeros.
-
-    Args:
-        prompts: ``"dcp"``, ``"map"`` or a module.
-        towers: What it is for.
-
-    Raises:
-        ValueError: If it does not fit the towers, or a name is unknown.
-        TypeError: If it is neither a name nor a module.
-    """
+def _make_prompts(prompts: Any, towers: Towers) -> nn.Module:
+    """The prompt module that was asked for, tried on tokens of zeros."""
     if isinstance(prompts, str):
         if prompts not in PROMPTS:
             raise ValueError(f"Expected argument `prompts` to be among {[*PROMPTS]}, or a module, but got {prompts!r}.")
@@ -264,10 +262,10 @@ def _try(prompts: nn.Module, name: str, case: str, towers: Towers) -> list[int]:
     return lengths
 
 
-def put_on(towers: Towers, prompts: nn.Module, in_features: Mapping[str, int]) -> PromptedTowers:
+def put_on(towers: Towers, in_features: Mapping[str, int]) -> PromptedTowers:
     """Change the classes of the blocks, and nothing else; what could be refused has been."""
     for name, path in towers.paths.items():
         blocks: Any = towers.module.get_submodule(path)
         blocks.__class__ = towers.classes[name]
         blocks.causal = towers.causal[name]
-    return PromptedTowers(towers.module, towers.methods, towers.paths, prompts, in_features)
+    return PromptedTowers(towers.module, towers.methods, towers.paths, towers.prompts, in_features)
