@@ -62,6 +62,16 @@ def test_a_row_does_not_depend_on_its_batch(kind):
     close({k: x.detach() for k, x in model.encode(lists).items()}, {k: x.detach() for k, x in together.items()})
 
 
+def test_last_prompts_of_the_other_tower_are_not_made():
+    model, inputs = prompted(), batch()
+    stages, calls = parts(model)[2].stages, []
+    for name in WIDTHS:
+        for j, stage in enumerate(stages[name]):
+            stage.register_forward_pre_hook(lambda *_, made=(name, j): calls.append(made))
+    model.encode(inputs, torch.tensor([[True, False]] * 6))
+    assert calls == [("image", 0), ("text", 0), ("image", 1), ("text", 1), ("image", 2)]
+
+
 def test_rows_that_all_have_a_modality_stay_in_their_places():
     model, inputs = prompted().eval(), batch()
     mixed = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 0], [1, 1], [1, 0]]).bool()

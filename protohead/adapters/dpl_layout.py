@@ -101,7 +101,8 @@ def _block_name(name: str, modality: str) -> str:
     if "attn_prompt." in name:
         return f"attention.{modality}.{name.partition('attn_prompt.')[2]}"
     case = name.rpartition("_")[2]
-    return f"dynamic.{modality}/{ {'complete': 0, modality: 1}.get(case, case) }"
+    row = {"complete": 0, modality: 1}.get(case, case)
+    return f"dynamic.{modality}/{row}"
 
 
 def _build_prompts(found: dict[str, Tensor]) -> DcpPrompts:
