@@ -2,17 +2,18 @@
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from protohead.checkpoint import frozen_modules, load_model, save_model
 from protohead.head import DecoupledPrototypeHead
-from protohead.inputs import Present, blank_row, check_inputs, select_rows
-from protohead.objective import Objective
+from protohead.inputs import Present, check_inputs, check_labels, select_rows
+from protohead.objective import Objective, encode_subcases, read_objective
 from protohead.raw import raw_hint
+from protohead.sharding import has_ranks, is_collective, run_blank, zero_of
 
 __all__ = ["PrototypeClassifier", "encode_rows", "joint_rows"]
 
@@ -115,13 +116,20 @@ class PrototypeClassifier(nn.Module):
                 encoder returns other than (n, D_m).
             TypeError: If a type is not as said.
         """
-        mask = check_inputs(inputs, present, self.head.modalities)
-        features = self._encode(inputs, mask)
+        mask, rows = check_inputs(inputs, present, self.head.modalities), None
+        if objective is not None and labels is not None and self._is_by_case():
+            check_labels(labels, len(mask), self.head.num_classes)
+            rows, mask, objective = encode_subcases(mask, read_objective(objective, self.head.num_classes))
+            labels = labels[rows.to(labels.device)]
+        features = self._encode(inputs, mask, rows)
         result: Tensor = self.head(features, mask.to(self._device()), labels, objective)
         return result
 
     def loss(self, inputs: Mapping[str, Any], present: Present | None, labels: Tensor, **options: Any) -> Tensor:
         """The whole training objective of a batch, as the head's :meth:`~protohead.DecoupledPrototypeHead.loss`.
+
+        With prompts, a complete row is also encoded as the rows without text and without image that it could be, which
+        doubles what it costs: see `subcase_share` in :class:`~protohead.objective.Objective`.
 
         Args:
             inputs: As in :meth:`forward`.
@@ -188,11 +196,17 @@ class PrototypeClassifier(nn.Module):
     def _device(self) -> torch.device:
         return self.head.seen.device
 
-    def _encode(self, inputs: Mapping[str, Any], present: Tensor) -> dict[str, Tensor]:
+    def _is_by_case(self) -> bool:
+        """Whether an encoder says that features depend on the missing case, as prompts do; it takes `rows`, too."""
+        return self._joint and getattr(self._encoder(self.head.modalities[0]), "by_case", False)
+
+    def _encode(self, inputs: Mapping[str, Any], present: Tensor, rows: Tensor | None = None) -> dict[str, Tensor]:
+        """The features of a batch, or of these rows of it, in cases that they could be."""
         widths, batch = self.head.in_features, len(present)
         if self._joint:
             columns = dict(zip(widths, present.T, strict=True))
-            features = joint_rows(self._encoder(self.head.modalities[0]), inputs, columns)
+            encoder = self._encoder(self.head.modalities[0])
+            features = joint_rows(encoder if rows is None else partial(encoder, rows=rows), inputs, columns)
         else:
             features = {}
             for m, name in enumerate(widths):
@@ -200,10 +214,11 @@ class PrototypeClassifier(nn.Module):
                 if len(index) == 0:
                     features[name] = torch.zeros(batch, widths[name], device=self._device()) + self._join(name, inputs)
                     continue
-                rows = encode_rows(name, self._encoder(name), select_rows(inputs[name], index, batch), len(index))
-                if len(index) < batch:
-                    rows = rows.new_zeros(batch, rows.shape[1]).index_copy(0, index.to(rows.device), rows)
-                features[name] = rows
+                some = None if len(index) == batch else index
+                x = encode_rows(name, self._encoder(name), select_rows(inputs[name], some, batch), len(index))
+                if some is not None:
+                    x = x.new_zeros(batch, x.shape[1]).index_copy(0, index.to(x.device), x)
+                features[name] = x
         for name, width in widths.items():
             if features[name].shape != (batch, width):
                 got = tuple(features[name].shape[1:])
@@ -219,35 +234,14 @@ class PrototypeClassifier(nn.Module):
 
     def _join(self, name: str, inputs: Mapping[str, Any]) -> Tensor | float:
         """A zero that keeps an encoder in this rank's graph although no row needs it, as DDP and FSDP2 want."""
-        if not (dist.is_available() and dist.is_initialized()) or name in self._functions:
+        if not has_ranks() or name in self._functions:
             return 0.0
-        from torch.distributed.fsdp import FSDPModule
-
-        encoder = self.encoders[self._places[name][0]]
-        tensors: list[Tensor] = [p for p in encoder.parameters() if p.requires_grad]
-        synced = any(isinstance(m, nn.SyncBatchNorm) and m.training for m in encoder.modules())
-        if synced and dist.get_world_size() > 1:  # The other ranks would wait for this one.
-            raise ValueError(
-                f"Expected rows with {name!r} on every rank, as its encoder has a SyncBatchNorm, but got none."
+        module, encoder = self.encoders[self._places[name][0]], self._encoder(name)
+        if is_collective(module, name):
+            return zero_of(
+                [run_blank(module, partial(encode_rows, name, encoder, count=1), name, inputs)], self._device()
             )
-        if any(isinstance(m, FSDPModule) for m in encoder.modules()):  # Its forward is a collective, too.
-            x = inputs.get(name)
-            if not isinstance(x, (Tensor, Mapping)):
-                raise ValueError(
-                    f"Expected inputs of {name!r} as tensors although no row of this rank has it, but got "
-                    f"{type(x).__name__}: with sharded encoders every rank runs every encoder. What stands in missing "
-                    "rows does not matter."
-                )
-            modes = {m: m.training for m in encoder.modules()}
-            try:
-                encoder.eval()  # A blank row must not reach the running statistics of a batch norm.
-                tensors = [encode_rows(name, self._encoder(name), blank_row(x), 1)]
-            finally:
-                for m, mode in modes.items():
-                    m.training = mode
-        # A sum over nothing: no NaN can come from it, and its gradient is zero.
-        zeros = [x.flatten()[:0].sum(dtype=torch.float32).to(self._device()) for x in tensors]
-        return torch.stack(zeros).sum() if zeros else 0.0
+        return zero_of([p for p in module.parameters() if p.requires_grad], self._device())
 
 
 def encode_rows(name: str, encoder: Encoder, rows: Any, count: int) -> Tensor:

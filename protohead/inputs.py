@@ -13,6 +13,7 @@ from protohead.raw import raw_hint
 __all__ = [
     "Features",
     "Present",
+    "batch_size",
     "blank_row",
     "check_device",
     "check_finite",
@@ -158,7 +159,7 @@ def check_inputs(inputs: Mapping[str, Any], present: Present | None, modalities:
     if unknown := [name for name in inputs if name not in modalities]:
         raise ValueError(f"Expected inputs of {tuple(modalities)}, but got others: {unknown}.")
     rows = {name: x for name in modalities if (x := inputs.get(name)) is not None}
-    sizes = {name: _batch_size(name, x) for name, x in rows.items()}
+    sizes = {name: batch_size(name, x) for name, x in rows.items()}
     mask = None if present is None else read_present(present, modalities)
     if mask is not None:
         sizes["present"] = len(mask)
@@ -179,7 +180,8 @@ def check_inputs(inputs: Mapping[str, Any], present: Present | None, modalities:
     return mask
 
 
-def _batch_size(name: str, x: Any) -> int:
+def batch_size(name: str, x: Any) -> int:
+    """How many rows an input has."""
     if isinstance(x, Sequence) and not isinstance(x, (str, bytes)):
         return len(x)
     tensors = [value for value in (x.values() if isinstance(x, Mapping) else [x]) if isinstance(value, Tensor)]
@@ -210,14 +212,14 @@ def _rows_there(x: Any) -> Tensor:
     return torch.stack([(value != 0)[:, None].flatten(1).any(1) for value in tensors]).any(0).cpu()
 
 
-def select_rows(x: Any, index: Tensor, batch: int) -> Any:
-    """Some of the B rows of what :func:`check_inputs` accepts; a list of tensors is stacked."""
+def select_rows(x: Any, index: Tensor | None, batch: int) -> Any:
+    """Some of the B rows, or all, of what :func:`check_inputs` accepts; a list of tensors is stacked."""
     if isinstance(x, Mapping):
         by_row = {key for key, value in x.items() if isinstance(value, (Tensor, list, tuple)) and len(value) == batch}
         return {key: select_rows(value, index, batch) if key in by_row else value for key, value in x.items()}
     if isinstance(x, Tensor):
-        return x if len(index) == batch else x[index.to(x.device)]
-    rows = [x[i] for i in index.tolist()]
+        return x if index is None else x[index.to(x.device)]
+    rows = list(x) if index is None else [x[i] for i in index.tolist()]
     return torch.stack(rows) if all(isinstance(row, Tensor) for row in rows) else rows
 
 

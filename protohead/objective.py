@@ -17,7 +17,16 @@ from protohead.logits import head_logits
 from protohead.sharding import sum_between_ranks
 from protohead.untrained import warn_of_eval_mode
 
-__all__ = ["Objective", "add_subcases", "classification_loss", "read_objective", "split_modalities", "training_loss"]
+__all__ = [
+    "EncodedObjective",
+    "Objective",
+    "add_subcases",
+    "classification_loss",
+    "encode_subcases",
+    "read_objective",
+    "split_modalities",
+    "training_loss",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +40,8 @@ class Objective:
     Args:
         prototype_weight: λ of the prototype loss, which is not computed where this is 0. 0.9 is published for MM-IMDb.
         subcase_weight: Of the two parts each. 0 leaves them out.
+        subcase_share: With prompts only, whose features depend on the case: what part of the complete rows is encoded
+            again as its sub-cases, drawn anew for each batch; the weight makes up for the others. In (0, 1].
         class_weight: (K,), not negative: as `weight` in ``F.cross_entropy``, or, for several labels, in
             ``F.binary_cross_entropy_with_logits`` (of both answers, which `pos_weight` is not).
         label_smoothing: ε in [0, 1), as in ``F.cross_entropy``; several labels are drawn towards ½.
@@ -41,6 +52,7 @@ class Objective:
 
     prototype_weight: float = 0.9
     subcase_weight: float = 0.5
+    subcase_share: float = 1.0
     class_weight: Tensor | None = None
     label_smoothing: float = 0.0
 
@@ -49,6 +61,9 @@ class Objective:
             value = getattr(self, name)
             if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) < limit:
                 raise ValueError(f"Expected `{name}` to be a number in [0, {limit}), but got {value!r}.")
+        share = self.subcase_share
+        if not isinstance(share, Real) or isinstance(share, bool) or not 0 < float(share) <= 1:
+            raise ValueError(f"Expected `subcase_share` to be a number in (0, 1], but got {share!r}.")
         weight = self.class_weight
         if weight is None:
             return
@@ -60,6 +75,17 @@ class Objective:
 
 
 OPTIONS = tuple(field.name for field in fields(Objective))
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedObjective(Objective):
+    """The objective of a batch whose last rows are its sub-cases, encoded as such: see :func:`encode_subcases`.
+
+    Args:
+        subcases: How many rows.
+    """
+
+    subcases: int = 0
 
 
 def read_objective(options: Objective | Mapping[str, Any], num_classes: int) -> Objective:
@@ -99,13 +125,15 @@ def training_loss(
     """
     if labels is None:
         raise ValueError("Expected argument `labels` for the objective, but got None.")
+    encoded = isinstance(objective, EncodedObjective)
+    batch = present.shape[0] - (objective.subcases if isinstance(objective, EncodedObjective) else 0)
     if not head.training:
         warn_of_eval_mode(any(p.requires_grad for p in head.parameters()))
     elif head.centered and not is_transformed():  # Then nothing outside can be written.
         total = partial(sum_between_ranks, module=head)
-        update_center(head.center, head.center_rows, head.center_spread, rows, present, total)
-    batch = present.shape[0]
-    if objective.subcase_weight and present.shape[1] > 1:
+        own = [x[:batch] for x in rows]
+        update_center(head.center, head.center_rows, head.center_spread, own, present[:batch], total)
+    if objective.subcase_weight and present.shape[1] > 1 and not encoded:
         index, present = add_subcases(present)
         rows, labels = [x.index_select(0, index) for x in rows], labels[index]
     logits, block = head_logits(head, rows, present, labels)
@@ -132,6 +160,34 @@ def add_subcases(present: Tensor) -> tuple[Tensor, Tensor]:
     rows = torch.arange(present.shape[0], device=present.device)
     some = first.any(1).nonzero()[:, 0] if is_readable(present) else rows
     return torch.cat([rows, some, some]), torch.cat([present, first[some], second[some]])
+
+
+def encode_subcases(present: Tensor, objective: Objective) -> tuple[Tensor, Tensor, EncodedObjective]:
+    """As :func:`add_subcases`, before the rows are encoded: for features that depend on the missing case.
+
+    Args:
+        present: (B, M) bool on the CPU.
+        objective: The options.
+
+    Returns:
+        (N,) int64, which row each is; (N, M) bool, what it has; and the objective of these rows.
+
+    Example:
+        >>> rows, present, _ = encode_subcases(torch.tensor([[True, False], [True, True]]), Objective())
+        >>> rows.tolist(), sorted(present.tolist()[2:])
+        ([0, 1, 1, 1], [[False, True], [True, False]])
+    """
+    rows, (first, second) = torch.arange(len(present), device=present.device), split_modalities(present)
+    some = first.any(1).nonzero()[:, 0]
+    whole, weight = len(some), objective.subcase_weight
+    if not weight:
+        some = some[:0]
+    elif objective.subcase_share < 1:
+        some = some[torch.randperm(whole, device=present.device)[: max(1, round(objective.subcase_share * whole))]]
+        weight *= whole / max(1, len(some))
+    options = {name: getattr(objective, name) for name in OPTIONS} | {"subcase_weight": weight}
+    index, mask = torch.cat([rows, some, some]), torch.cat([present, first[some], second[some]])
+    return index, mask, EncodedObjective(**options, subcases=2 * len(some))
 
 
 def split_modalities(present: Tensor) -> tuple[Tensor, Tensor]:

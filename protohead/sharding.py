@@ -3,7 +3,7 @@
 FSDP2 is `torch.distributed.fsdp.fully_shard`; the shards are DTensors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,15 +11,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from protohead.inputs import blank_row
+
 __all__ = [
     "from_all_ranks",
     "gather",
     "gather_for_loss",
+    "has_ranks",
+    "is_collective",
     "is_managed",
     "is_sharded",
+    "run_blank",
     "shard_like",
     "sum_between_ranks",
     "sum_over_ranks",
+    "zero_of",
 ]
 
 
@@ -35,16 +41,21 @@ def sum_between_ranks(x: Tensor, module: nn.Module) -> Tensor:
     return x
 
 
+def has_ranks() -> bool:
+    """Whether there may be other processes, whose rows have other modalities and cases."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def sum_over_ranks(x: Tensor) -> Tensor:
     """The sum over the ranks, if there are several; all of them must call it."""
-    if dist.is_available() and dist.is_initialized():
+    if has_ranks():
         dist.all_reduce(x)
     return x
 
 
 def from_all_ranks(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     """What each rank gives, in order of the ranks; all of them must call it."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not has_ranks():
         return [list(tensors)]
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, [x.cpu() for x in tensors])
@@ -102,3 +113,53 @@ def shard_like(whole: Tensor, x: Any) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(whole.to(x.dtype), x.device_mesh, x.placements)
+
+
+def is_collective(encoder: nn.Module, name: str) -> bool:
+    """Whether every rank must run an encoder of sharded parameters, even one that no row of the rank needs.
+
+    Raises:
+        ValueError: If the other ranks would wait for rows that this one does not have.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    synced = any(isinstance(m, nn.SyncBatchNorm) and m.training for m in encoder.modules())
+    if synced and dist.get_world_size() > 1:
+        raise ValueError(
+            f"Expected rows with {name!r} on every rank, as its encoder has a SyncBatchNorm, but got none."
+        )
+    return any(isinstance(m, FSDPModule) for m in encoder.modules())
+
+
+def run_blank(encoder: nn.Module, run: Callable[..., Tensor], name: str, inputs: Mapping[str, Any]) -> Tensor:
+    """What a sharded encoder says of one blank row: its forward is a collective, too.
+
+    Args:
+        encoder: It is in eval mode meanwhile: a blank row must not reach the running statistics of a batch norm.
+        run: The call, of `rows`.
+        name: The modality.
+        inputs: The batch's, whose rows do not have it.
+
+    Raises:
+        ValueError: If the form of the inputs does not show.
+    """
+    x = inputs.get(name)
+    if not isinstance(x, (Tensor, Mapping)):
+        raise ValueError(
+            f"Expected inputs of {name!r} as tensors although no row of this rank has it, but got "
+            f"{type(x).__name__}: with sharded encoders every rank runs every encoder. What stands in missing "
+            "rows does not matter."
+        )
+    modes = {m: m.training for m in encoder.modules()}
+    try:
+        encoder.eval()
+        return run(rows=blank_row(x))
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+
+
+def zero_of(tensors: Sequence[Tensor], device: torch.device) -> Tensor | float:
+    """A sum over nothing of each: it puts them in the graph, no NaN can come from it, and its gradient is zero."""
+    zeros = [x.flatten()[:0].sum(dtype=torch.float32).to(device) for x in tensors]
+    return torch.stack(zeros).sum() if zeros else 0.0

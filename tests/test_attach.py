@@ -547,7 +547,7 @@ def test_parameters_that_no_feature_depends_on():
         ({}, ValueError, "Expected `in_features` or `example`"),
         ({"example": {"image": EXAMPLE["image"]}}, ValueError, "inputs of 'text' in every row, but it lacks some"),
         ({"example": {**EXAMPLE, "audio": [None]}}, ValueError, "inputs of 'audio' in every row"),
-        ({"example": EXAMPLE, "trainable": None}, TypeError, "`trainable` to be a string or several, but got NoneType"),
+        ({"example": EXAMPLE, "trainable": 3}, TypeError, "`trainable` to be a string or several, but got int"),
         ({"example": EXAMPLE, "trainable": ["*", 3]}, TypeError, "but got list of something else"),
         ({"example": {**EXAMPLE, "audio": torch.zeros(2, 7)}}, ValueError, "'audio': 2"),
         ({"example": {**EXAMPLE, "audio": torch.zeros(1, 6)}}, RuntimeError, "shapes cannot be multiplied"),

@@ -5,6 +5,7 @@ import sys
 
 import encoders
 import open_clip
+import prompts
 import pytest
 import speed
 import torch
@@ -80,3 +81,21 @@ def test_encoders(monkeypatch, capsys):
     call(monkeypatch, encoders, "--model", "tiny-for-a-test", "--batch", 4, "--repeats", 1, "--rates", 0, 0.5)
     printed = capsys.readouterr().out
     assert [line.split("|")[-2].strip() for line in printed.splitlines()[-2:]] == ["1.00", "0.75"]
+
+
+def test_prompts(monkeypatch, capsys):
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-for-a-test", TINY)
+    sizes = ("--batch", 4, "--repeats", 1, "--length", 3, "--depth", 1)
+    call(monkeypatch, prompts, "--model", "tiny-for-a-test", *sizes)
+    rows = [line.split(" | ")[0].strip("| ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows == [
+        "3 tokens in front",
+        "plain tokens",
+        "DCP",
+        "no prompts",
+        "DCP, sub-cases",
+        "70% missing",
+        "every row",
+        "present rows",
+        "present rows, sub-cases",
+    ]

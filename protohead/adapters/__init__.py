@@ -10,6 +10,7 @@ from torch import nn
 from protohead.adapters import dcp, map, open_clip, transformers
 from protohead.adapters.extra import add_extra, check_extra, without
 from protohead.adapters.probe import chosen_parameters, parameters_of, try_encoders
+from protohead.adapters.towers import put_on, read_towers
 from protohead.classifier import PrototypeClassifier
 from protohead.head import DecoupledPrototypeHead
 from protohead.options import check_count
@@ -22,7 +23,8 @@ def attach(
     backbone: Any,
     num_classes: int,
     *,
-    trainable: str | Sequence[str] = (),
+    trainable: str | Sequence[str] | None = None,
+    prompts: str | nn.Module | None = None,
     example: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
     prototype_weight: float | None = None,
@@ -39,7 +41,10 @@ def attach(
         num_classes: K.
         trainable: Shell-style patterns of the backbone's parameter names (for a mapping, after the modality's name and
             a dot), such as ``("visual.proj", "*ln_post*", "ln_final*")``. Parameters that the head never reaches, such
-            as CLIP's `logit_scale`, stay frozen.
+            as CLIP's `logit_scale`, stay frozen. By default none; with prompts, what DCP trains: the image projection
+            and the final norms.
+        prompts: Missing-aware prompts for the two towers, which are trained: ``"dcp"``, ``"map"`` or a module, such as
+            :class:`protohead.prompts.DcpPrompts` with other lengths; see :mod:`protohead.prompts`.
         example: Inputs of one row or more, as the model will be given them, on which each encoder is tried once, to
             find its width and the parameters that it uses; without it, all are taken for used. It may be on the meta
             device: modules are then tried there. For open_clip and transformers models one is made.
@@ -57,7 +62,8 @@ def attach(
 
     Raises:
         TypeError: If the backbone is none of these, with what was looked for.
-        ValueError: If a pattern finds nothing to train, or an argument is not as said. The backbone is then unchanged.
+        ValueError: If a pattern finds nothing to train, the towers cannot take prompts, or an argument is not as said.
+            The backbone is then unchanged.
 
     Example:
         >>> encoders = {"image": nn.Linear(8, 4), "text": nn.Linear(6, 4)}
@@ -70,10 +76,10 @@ def attach(
     """
     for fits, attach_in_place in ((map.fits, map.attach_map), (dcp.fits, dcp.attach_dcp)):
         if fits(backbone):
-            if trainable or example is not None or extra is not None or "in_features" in head_options:
+            if trainable or any(x is not None for x in (prompts, example, extra, head_options.get("in_features"))):
                 raise ValueError(
-                    "Expected no `trainable`, `example`, `extra` or `in_features` for a module that trains itself: it "
-                    "says what it trains, and how wide its features are."
+                    "Expected no `trainable`, `prompts`, `example`, `extra` or `in_features` for a module that trains "
+                    "itself: it says what it trains, and how wide its features are."
                 )
             return attach_in_place(backbone, num_classes, prototype_weight, head_options)
     if prototype_weight is not None:
@@ -83,8 +89,12 @@ def attach(
         )
     check_count("num_classes", num_classes)
     encoders, own, named = _read_backbone(backbone)
-    extra = check_extra(extra, encoders)
-    in_features = head_options.pop("in_features", None)
+    extra, in_features = check_extra(extra, encoders), head_options.pop("in_features", None)
+    if prompts is not None and extra:
+        raise ValueError("Expected `prompts` or `extra`, since prompts make one encoder of two towers, but got both.")
+    towers = None if prompts is None else read_towers(backbone, prompts)
+    if trainable is None:
+        trainable = () if towers is None else towers.trained
     widths, reached = _try(encoders, own, without(example, extra), named, without(in_features, extra))
     if extra:
         widths = add_extra(widths, extra, example or {}, in_features)
@@ -94,6 +104,8 @@ def attach(
     if own is not None:  # The towers of one model, trained together.
         defaults["shared_space"] = len(set(widths.values())) == 1 and not extra
     head = DecoupledPrototypeHead(widths, num_classes, **{**defaults, **head_options})
+    if towers is not None:
+        encoders = put_on(towers, widths)
     model = PrototypeClassifier(encoders, head)
     for _, p in named:
         p.requires_grad_(p in chosen)

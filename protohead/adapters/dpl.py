@@ -1,4 +1,4 @@
-"""DPL (arXiv 2505.08283): prototypes from the checkpoints of its published code, and back.
+"""DPL (arXiv 2505.08283): models and prototypes from the checkpoints of its published code, and prototypes back.
 
 For each task that code has `<task>_pl_head` with four matrices of one shape: for complete rows one of the image and one
 of the text, for rows without text one of the image, for rows without image one of the text.
@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from protohead.adapters.dpl_layout import read_model
+from protohead.classifier import PrototypeClassifier
 from protohead.head import DecoupledPrototypeHead
 
-__all__ = ["dpl_names", "load_dpl", "to_dpl"]
+__all__ = ["dpl_names", "load_dpl", "load_dpl_model", "to_dpl"]
 
 # What each matrix is, in DPL's words, and where it goes: the modality, and the block of that modality's prototypes.
 SLOTS = {
@@ -22,7 +24,7 @@ SLOTS = {
     "text_missing": ("image", 1),
     "image_missing": ("text", 1),
 }
-FORMS = {"image": ("image", "img", "visual"), "text": ("text", "txt")}
+FORMS = {"image": ("image", "img", "visual", "mi"), "text": ("text", "txt", "mt")}
 
 
 def load_dpl(
@@ -81,6 +83,38 @@ def load_dpl(
     return head
 
 
+def load_dpl_model(
+    checkpoint: Mapping[str, Any],
+    task: str,
+    num_classes: int,
+    *,
+    scale: float | Mapping[str, float] = 32.0,
+    margin: float | Mapping[str, float] | None = None,
+    names: Mapping[str, str] | None = None,
+) -> PrototypeClassifier:
+    """The whole model of a DPL_DCP or DPL_NoPrompt checkpoint: an open_clip CLIP, DCP's prompts if any, and the head.
+
+    Trainable is what the published code trains. That does not save DCP's dynamic prompts: they are drawn anew, and the
+    features differ a little (it was 0.005) from those of the run that wrote the checkpoint.
+
+    Args:
+        checkpoint: A Lightning checkpoint, as ``torch.load`` reads it, or its state_dict.
+        task: As in :func:`load_dpl`.
+        num_classes: As in :func:`load_dpl`.
+        scale: As in :func:`load_dpl`.
+        margin: As in :func:`load_dpl`.
+        names: As in :func:`load_dpl`.
+
+    Returns:
+        A model in eval mode, which takes pixels of CLIP's transform and ids of its tokenizer.
+
+    Raises:
+        ValueError: As :func:`load_dpl`, or if the towers or prompts are not found or are others.
+    """
+    head = load_dpl(checkpoint, task, num_classes, scale=scale, margin=margin, names=names)
+    return read_model(_state_dict(checkpoint), head)
+
+
 def to_dpl(
     head: DecoupledPrototypeHead, checkpoint: Mapping[str, Any], task: str, names: Mapping[str, str] | None = None
 ) -> dict[str, Tensor]:
@@ -121,9 +155,9 @@ def to_dpl(
 def dpl_names(checkpoint: Mapping[str, Any], task: str) -> dict[str, str]:
     """Which key of a checkpoint holds which matrix, as far as the names tell.
 
-    A name is read by its words: image or text, missing (what comes next), only (the other one is missing), tm and im
-    (text and image missing, as in DPL's options). No order is assumed: if a name can be read in two ways, or two as the
-    same matrix, this raises.
+    A name is read by its words: image or text (mi and mt in DPL), missing (what comes next), only (the other one is
+    missing), tm and im (text and image missing, as in DPL's options). No order is assumed: if a name can be read in
+    two ways, or two as the same matrix, this raises.
 
     Args:
         checkpoint: As for :func:`load_dpl`.

@@ -56,7 +56,7 @@ def try_encoders(
                 name: encode_rows(
                     name,
                     _on_meta(encoder, example[name], twins),
-                    select_rows(example[name], rows, len(rows)),
+                    select_rows(example[name], None, len(rows)),
                     len(rows),
                 )
                 for name, encoder in encoders.items()
