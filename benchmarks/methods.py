@@ -252,7 +252,6 @@ METHODS: dict[str, Callable[[Widths, int], nn.Module]] = {
     "paper": Paper,
     "protohead, decoupled": partial(Ours, cases="all"),
     "closed form": ClosedForm,
-    "closed form, then trained": ClosedFormTrained,
     "protohead": Ours,
 }
 BALANCES = (0.0, 0.5, 1.0)  # What the closed form chooses from instead of learning rates.
@@ -261,6 +260,7 @@ ABLATIONS: dict[str, Callable[[Widths, int], nn.Module]] = {
     "protohead, no sub-cases": partial(Ours, objective={"subcase_weight": 0.0}),
     "protohead, not centered": partial(Ours, centered=False),
     "protohead, scale 32": partial(Ours, scale=32.0),
+    "protohead, from the closed form": ClosedFormTrained,
 }
 # Other ways to predict with a method that is trained the same.
 PREDICTORS: dict[str, dict[str, Callable[[nn.Module, Features, Tensor], Tensor]]] = {

@@ -1,9 +1,10 @@
-"""Starts without training: `head.imprint` with few rows of each class, and whether training goes better from there.
+"""Without training: `head.imprint` with few rows of each class, and whether training goes better from there.
 
     python benchmarks/shots.py [FILE.npz] [--names FILE.npz]
 
 For 1, 4, 16 and all complete training rows of each class: macro-F1 by missing case on the test split, of which 70 %
-lacks image or text, of the imprinted head, of a head trained from there, and of one trained from the random start.
+lacks image or text, of class means, of the closed form, of a head trained from there (with the scale of training), and
+of one trained from the random start.
 Training takes its learning rate and epoch from the validation split. The mean and standard deviation of five seeds (of
 the rows, the missing table and the start). With embeddings of the class names, which class_names.npz has for the
 embedded data, also of no rows at all: prototypes of the modality that they are of, imprinted from the names.
@@ -13,7 +14,6 @@ import argparse
 import copy
 import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from protohead import DecoupledPrototypeHead
 from protohead.metrics import evaluate
 
 SHOTS = (1, 4, 16, 0)  # 0: all
-STARTS = ("imprinted", "imprinted, then trained", "random, then trained")
+STARTS = ("class means", "closed form", "closed form, then trained", "random, then trained")
 
 
 def pick(training: Rows, shots: int, num_classes: int, seed: int) -> Rows:
@@ -66,15 +66,15 @@ def named(path: Path, data: Data) -> DecoupledPrototypeHead:
         labels = torch.from_numpy(file["label"])
     # Rows are classified by the modalities that there are names in; the others have not been seen.
     head = DecoupledPrototypeHead(data.widths, data.num_classes, cases="all")
-    imprint(head, rows, labels)
+    imprint(head, Rows(rows, None, labels), shrinkage=1)  # type: ignore[arg-type]
     return head
 
 
-def imprint(head: DecoupledPrototypeHead, *rows: Any) -> None:
+def imprint(head: DecoupledPrototypeHead, rows: Rows, shrinkage: float | None = None) -> None:
     """Without a word on what has no rows: few rows of a class may all lack a modality, and so may names."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        head.imprint(*rows)
+        head.imprint(rows.features, rows.labels, rows.present, shrinkage)
 
 
 def main() -> None:
@@ -109,9 +109,12 @@ def main() -> None:
             training = pick(whole, shots, data.num_classes, seed)
             torch.manual_seed(seed)
             random = DecoupledPrototypeHead(data.widths, data.num_classes)
-            imprinted = copy.deepcopy(random)
-            imprint(imprinted, training.features, training.labels, training.present)
-            heads = imprinted, *(train(start, training, validation, seed) for start in (imprinted, random))
+            means, closed = copy.deepcopy(random), copy.deepcopy(random)
+            imprint(means, training, shrinkage=1)
+            imprint(closed, training)
+            start = copy.deepcopy(closed)
+            start.scale.copy_(random.scale)
+            heads = means, closed, *(train(head, training, validation, seed) for head in (start, random))
             for name, head in zip(STARTS, heads, strict=True):
                 add((shots or "all", name), head, test)
     cases = list(next(iter(scores.values())))

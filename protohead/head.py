@@ -228,22 +228,21 @@ class DecoupledPrototypeHead(nn.Module):
     ) -> Moments:
         """Fit the head in closed form, without a gradient: see :mod:`protohead.closed_form`.
 
-        Sets the prototypes, the same in every case; center and bias, if there are any; and the scale. Prototypes of a
-        class that has no row with a modality stay as they are, with a warning. With torch.distributed every rank calls
-        it with rows of its own, and all get the same.
+        Sets prototypes, the same in every case; the center; and, by rows that are held out in turn, scale and bias.
+        With `shrinkage` 1, or where each row is the only one of its class, it sets prototypes only, to class means.
+        Those of a class without a row stay, with a warning. With torch.distributed every rank gives its own rows.
 
         Args:
             features: As in :meth:`forward`; or batches ``(features, labels, present)``, which are read once.
             labels: As in :meth:`forward`; soft labels weigh the rows.
             present: As in :meth:`forward`.
-            shrinkage: γ in [0, 1] of the covariance; 1 is class means. By default the one with the least loss in
-                cross-validation, by which scale and bias are set, too; where each row is the only one of its class, 1.
-            classes: Set the prototypes of these classes only. Their bias becomes the mean of the others'.
-            class_weight: (K,), of the loss: see :class:`protohead.objective.Objective`.
-            moments: What an earlier call has returned: its rows count, too.
+            shrinkage: γ in [0, 1]; by default chosen by the loss of rows that are held out.
+            classes: Set the prototypes of these classes only; their bias becomes the mean of the others'.
+            class_weight: (K,), as in :class:`protohead.objective.Objective`.
+            moments: What an earlier call returned, whose rows count, too.
 
         Returns:
-            Sums over the rows, which hold no row, as a dict of dicts of tensors; keep it to add rows or classes later.
+            Sums over the rows, tensors by modality and name: keep them to add rows or classes later.
 
         Raises:
             ValueError: As :meth:`forward`, or if features that are present are not finite, or no row counts.
@@ -253,9 +252,9 @@ class DecoupledPrototypeHead(nn.Module):
         return imprint(self, features, labels, present, shrinkage, classes, class_weight, moments)
 
     def add_classes(self, count: int, class_names: Sequence[str] | None = None) -> None:
-        """Add classes behind those that there are, which stay. The Parameters are new: give them to the optimizer.
+        """Add classes, with random prototypes: train them, or imprint them, as by ``imprint(..., classes=[101])``.
 
-        The prototypes of the new ones are random: imprint them, as by ``head.imprint(..., classes=[101])``, or train.
+        What there is stays. The Parameters are new: give them to the optimizer.
 
         Args:
             count: How many.
@@ -295,11 +294,6 @@ class DecoupledPrototypeHead(nn.Module):
             self.class_names = self.class_names or check_names(config.get("class_names"), self.num_classes)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DecoupledPrototypeHead":
-        # Buffers follow the device only: `half()` must not round a margin, nor `to_empty()` wipe what was seen.
-        own = {name: self._buffers.pop(name) for name in state.BUFFERS}
-        try:
+        with state.buffers_aside(self):
             super()._apply(fn, recurse)
-        finally:
-            self._buffers.update(own)
-        state.move_buffers(self)
         return self

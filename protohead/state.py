@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,11 +19,11 @@ __all__ = [
     "add_classes",
     "arguments",
     "before_load",
+    "buffers_aside",
     "check_checkpoint",
     "check_same_head",
     "description",
     "forget",
-    "move_buffers",
     "pack",
     "register_buffers",
     "set_classes",
@@ -102,13 +103,22 @@ def forget(head: Any) -> None:
             x.zero_()
 
 
-def move_buffers(head: nn.Module) -> None:
-    """Let the buffers follow the parameters to their device, or into shared memory; their dtype stays."""
+@contextmanager
+def buffers_aside(head: nn.Module) -> Iterator[None]:
+    """Let the buffers follow the parameters to their device, or into shared memory, but in nothing else.
+
+    `half()` must not round a margin, nor `to_empty()` wipe what was seen.
+    """
+    own = {name: head._buffers.pop(name) for name in BUFFERS}
+    try:
+        yield
+    finally:
+        head._buffers.update(own)
     parameter = next(head.parameters())
     if parameter.is_meta:
         return
-    for name in BUFFERS:
-        if (value := head._buffers[name]) is not None:
+    for name, value in own.items():
+        if value is not None:
             moved = value.to(parameter.device, _constant_dtype(parameter.device))
             head._buffers[name] = moved.share_memory_() if parameter.is_shared() else moved
 

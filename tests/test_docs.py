@@ -31,3 +31,16 @@ def test_prompts():
     compiling = re.search(r"`(for block in .*?compile\(\))`", page)[1]
     assert hasattr(names["clip"].visual.transformer.resblocks[0], "compile")
     assert compiling.endswith("block.compile()")
+
+
+def test_closed_form(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "closed_form.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(block, names)
+    assert names["head"].num_classes == 6
+    new = names["head"](names["new"])
+    assert (new.argmax(1) == 5).all()
+    assert names["moments"]["image"]["rows"].tolist() == [*(names["kept"]["image"]["rows"][:5]).tolist(), 20]
