@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from protohead.cases import present_from_missing_type
 from protohead.head import DecoupledPrototypeHead
 from protohead.inputs import check_labels
 from protohead.objective import Objective
+from protohead.present import present_from_missing_type
 
 __all__ = ["LOOKED_FOR", "TaskHead", "attach_map", "fits"]
 
