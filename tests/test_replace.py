@@ -223,7 +223,8 @@ def test_threads_have_their_own_batches():
     def meet(*args):
         both.wait()
 
-    handle = model.towers.register_forward_hook(meet)
+    # Before either has found its mask, and after both have.
+    handles = model.towers.register_forward_hook(meet), model.cls_head.head.register_forward_pre_hook(meet)
 
     def run(name, batch):
         results[name] = model(batch)["logits"]
@@ -231,7 +232,7 @@ def test_threads_have_their_own_batches():
     threads = [threading.Thread(target=run, args=item) for item in (("a", BATCH), ("b", OTHER))]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
-    handle.remove()
+    [handle.remove() for handle in handles]
     assert torch.equal(results["a"], expected(model, BATCH))
     assert torch.equal(results["b"], expected(model, OTHER))
 
