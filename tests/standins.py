@@ -175,6 +175,30 @@ class ViLTransformerSS(TaskModule):
         }
 
 
+class MemPrompt(ViLTransformerSS):
+    """Prompts of the batch before the text, and some before the image; without them, MAP's layout."""
+
+    def __init__(self, config, between):
+        super().__init__(config)
+        self.between = nn.Parameter(torch.randn(1, between, config["hidden_size"]))
+
+    def infer(self, batch, mask_text=False, mask_image=False, is_train=None):
+        text = self.text_embeddings(batch["text_ids"])
+        image, image_masks = self.transformer.visual_embed(batch["image"][0])
+        prompts = self.complete_prompt[0].expand(len(text), -1, -1)
+        x = torch.cat([prompts, text, self.between.expand(len(text), -1, -1), image], dim=1)
+        for block in self.transformer.blocks:
+            x = block(x, x.new_ones(x.shape[:2]))
+        x = self.transformer.norm(x)
+        return {
+            "text_feats": x[:, PROMPT : PROMPT + text.shape[1]],
+            "image_feats": x[:, -image.shape[1] :],
+            "cls_feats": self.pooler(x[:, PROMPT:]),
+            "image_masks": image_masks,
+            "text_ids": batch["text_ids"],
+        }
+
+
 # -- DCP --------------------------------------------------------------------------------------------------------------
 
 
