@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -269,9 +270,7 @@ def test_memprompts_layout_is_refused(between):
     attach(module, 2)
     module.eval().set_task()
     if between:
-        with pytest.raises(
-            ValueError, match=r"MAP's layout, prompts before text before image, .*in MemPrompt's layout"
-        ):
+        with pytest.raises(ValueError, match=r"MAP's layout, .* before image, .*in MemPrompt's layout"):
             module(map_batch())
     else:  # MAP's layout.
         close = {"rtol": 1e-4, "atol": 1e-4}
@@ -386,7 +385,9 @@ def test_lightning_trains_it(strategy, tmp_path):
     torch.manual_seed(0)
     module = attach_map(LightningViLT(config("hatememes")), 2, 0.5, {})
     module.set_task()
-    module(map_batch())  # Without a trainer there is nothing to log to.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module(map_batch())  # Without a trainer there is nothing to log to, of which Lightning would warn.
     before = {name: p.clone() for name, p in module.named_parameters()}
     batches = torch.utils.data.DataLoader([map_batch(seed=seed) for seed in range(3)], batch_size=None)
     trainer = lightning.Trainer(
