@@ -262,10 +262,10 @@ class Towers(nn.Module):
 class MoRA(nn.Module):
     """`cls_head` on [image, text], which is told nothing; `missing_types` in the batch: codes as MAP's."""
 
-    def __init__(self, num_classes=3):
+    def __init__(self, num_classes=3, width=8):
         super().__init__()
-        self.towers = Towers()
-        self.cls_head = nn.Linear(16, num_classes)
+        self.towers = Towers(width)
+        self.cls_head = nn.Linear(2 * width, num_classes)
 
     def forward(self, batch):
         logits = self.cls_head(self.towers(batch["image"], batch["text"]))

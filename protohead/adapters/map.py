@@ -41,7 +41,8 @@ def attach_map(
     The features are the text CLS and the image CLS after the last norm, in both prompt modes. The prototype loss joins
     what ``forward`` returns in training, as ``<task>_prototype_loss``; MAP's `training_step` sums it with the rest. The
     pooler no longer reaches the loss and is frozen, since DDP refuses parameters without a gradient. Load a checkpoint
-    that has the head after this: what loads it before, with ``strict=False``, drops the head in silence.
+    that has the head after this: what loads it before, with ``strict=False``, drops the head in silence. Where the
+    module can log, the prototype loss is logged, too.
 
     Args:
         module: MAP's ViLTransformerSS, with one task: hatememes or food101 (labels: one class a row) or mmimdb
@@ -56,7 +57,7 @@ def attach_map(
         The same module.
 
     Raises:
-        ValueError: If the module or an argument is not as said; the module is as it was.
+        ValueError: If the module or an argument is not as said, or has a head; the module is as it was.
     """
     task, linears = find_classifier(module)
     if "infer" in vars(module):
