@@ -83,7 +83,6 @@ def read_batches(model: Any, path: str) -> None:
         # As torch's own parametrizations do. A function on the instance would stay bound to it in shallow copies.
         cls: Any = type(model)
         model.__class__ = _reading(cls)
-        model._batch_heads = ()
     model._batch_heads = tuple(dict.fromkeys((*model._batch_heads, path)))
 
 
@@ -108,7 +107,8 @@ def _reading(cls: Any) -> Any:
         return _remake, (make, *(cls if arg is made else arg for arg in args)), *state
 
     same = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    made = type(cls.__name__, (cls,), {**same, "forward": forward, "__reduce_ex__": reduce})
+    own = {"forward": forward, "__reduce_ex__": reduce, "_batch_heads": ()}
+    made = type(cls.__name__, (cls,), {**same, **own})
     return made
 
 
