@@ -7,8 +7,8 @@ In a clone of DCP's repository this takes two more lines in run.py, around the o
     attach(model, num_classes=23, prototype_weight=0.1)  # mmimdb; hatememes: 2; food101: 101
 
 DCP's loader, objectives, optimizer and Trainer stay as they are, and so does the rest of its source. To test a trained
-model, load its checkpoint after `attach`: there is no head to load into before. (DCP's requirements cannot be installed
-any more: these lines have been run on a stand-in of its interface, not on it.)
+model, build it with load_path="" (its constructor loads with strict=True, and fails), then attach, then
+load_state_dict. docs/research_code.md has the lines, what DCP forgets to save, and what was run on the original.
 
 This program does the same on a module of DCP's shape around a model of open_clip, with DCP's staged prompts in their
 simplest form: those of the next layer are made from those of both towers in the last one; common and dynamic prompts

@@ -7,8 +7,8 @@ In a clone of MAP's repository this takes two more lines in run.py, around the o
     attach(model, num_classes=2, prototype_weight=0.9)  # hatememes; food101: 101; mmimdb: 23
 
 MAP's loader, objectives, optimizer and Trainer stay as they are, and so does the rest of its source. To test a trained
-model, load its checkpoint after `attach`: MAP's constructor loads with strict=False, before there is a head to load.
-(MAP's requirements cannot be installed any more: these lines have been run on a stand-in of its interface, not on it.)
+model, build it with load_path="", then attach, then load_state_dict: MAP's own test_only=True loads with strict=False
+before there is a head, and scores a random one. docs/research_code.md has the lines, and what was run on the original.
 
 This program does the same on a module of MAP's shape around the ViLT of transformers, with MAP's input-level prompts.
 The data are drawn here: the picture shows a fruit, the caption names a dish, and the class is the pair of them, one of

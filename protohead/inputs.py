@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protohead.cases import is_empty, present_from_flags
 from protohead.context import is_readable
+from protohead.present import is_empty, present_from_flags
 from protohead.raw import raw_hint
 
 __all__ = [
@@ -81,7 +81,8 @@ def read_present(present: Any, modalities: Sequence[str], device: torch.device |
         raise TypeError(
             f"Expected `present` to be a bool tensor, or columns by name, but got {_kind(present)}. A mask of 0 and 1 "
             "takes torch.as_tensor(mask).bool(); protohead.present_from_flags converts columns of True and None, "
-            "protohead.present_from_missing_type the codes of MAP, DCP and DPL."
+            "protohead.present_from_missing_type the codes of MAP, DCP and DPL, "
+            "protohead.present_from_missing_mask a mask whose True is missing."
         )
     if present.dim() != 2 or present.shape[1] != len(modalities):
         wanted, got = f"(B, {len(modalities)})", tuple(present.shape)

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from protohead.cases import is_empty
+from protohead.present import is_empty
 
 __all__ = ["raw_hint"]
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from protohead.cases import _values, case_names
+from protohead.cases import case_names
+from protohead.present import column_values
 from protohead.tables import MissingTable, load_map_table, read_ids, read_mask, read_modalities
 
 __all__ = ["MissingTable", "load_map_table", "missing_table"]
@@ -162,7 +163,7 @@ def _seeded_generator(seed: int) -> random.Random:
 def _read_weights(weights: Tensor | Sequence[float] | None, rows: int) -> list[float] | None:
     if weights is None:
         return None
-    numbers = [_number("weights", weight) for weight in _values("weights", weights)]
+    numbers = [_number("weights", weight) for weight in column_values("weights", weights)]
     if len(numbers) != rows:
         raise ValueError(f"Expected argument `weights` to be of length {rows}, one a row, but got {len(numbers)}.")
     return numbers

@@ -16,7 +16,8 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from protohead.cases import _modality_names, _values, present_from_missing_type
+from protohead.cases import check_modalities
+from protohead.present import column_values, present_from_missing_type
 
 __all__ = ["MissingTable", "load_map_table"]
 
@@ -178,7 +179,7 @@ def read_ids(ids: int | Sequence[object] | Tensor) -> tuple[str, ...]:
 
 def read_modalities(modalities: Sequence[str]) -> tuple[str, ...]:
     """Check the modality names of a table."""
-    names = tuple(_modality_names(modalities))
+    names = tuple(check_modalities(modalities))
     if "id" in names:
         raise ValueError(f"Expected no modality named 'id', which a file keeps for the ids, but got {names}.")
     return names
@@ -198,7 +199,7 @@ def read_mask(present: Tensor, rows: int, modalities: Sequence[str]) -> Tensor:
 def _strings(ids: Any) -> tuple[str, ...]:
     if isinstance(ids, (set, frozenset)):
         raise TypeError("Expected argument `ids` to be in an order, but got a set, whose order changes between runs.")
-    values = _values("ids", ids)
+    values = column_values("ids", ids)
     for id in values:
         if isinstance(id, bool) or not isinstance(id, (str, Integral)):
             raise TypeError(f"Expected ids to be strings or integers, but got {id!r}.")

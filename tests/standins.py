@@ -1,4 +1,4 @@
-"""Small stand-ins of MAP's ViLTransformerSS and DCP's CLIPransformerSS, with the attributes and calls of the originals.
+"""Small stand-ins of MAP's ViLTransformerSS, DCP's CLIPransformerSS and others, with their attributes and calls.
 
 Written from a description of their interfaces; they also repeat the faults that an adapter must live with: in attention
 mode MAP's `infer` cuts its features at the wrong places, an unknown missing type gets the previous row's prompt, and
@@ -175,6 +175,30 @@ class ViLTransformerSS(TaskModule):
         }
 
 
+class MemPrompt(ViLTransformerSS):
+    """Prompts of the batch before the text, and some before the image; without them, MAP's layout."""
+
+    def __init__(self, config, between):
+        super().__init__(config)
+        self.between = nn.Parameter(torch.randn(1, between, config["hidden_size"]))
+
+    def infer(self, batch, mask_text=False, mask_image=False, is_train=None):
+        text = self.text_embeddings(batch["text_ids"])
+        image, image_masks = self.transformer.visual_embed(batch["image"][0])
+        prompts = self.complete_prompt[0].expand(len(text), -1, -1)
+        x = torch.cat([prompts, text, self.between.expand(len(text), -1, -1), image], dim=1)
+        for block in self.transformer.blocks:
+            x = block(x, x.new_ones(x.shape[:2]))
+        x = self.transformer.norm(x)
+        return {
+            "text_feats": x[:, PROMPT : PROMPT + text.shape[1]],
+            "image_feats": x[:, -image.shape[1] :],
+            "cls_feats": self.pooler(x[:, PROMPT:]),
+            "image_masks": image_masks,
+            "text_ids": batch["text_ids"],
+        }
+
+
 # -- DCP --------------------------------------------------------------------------------------------------------------
 
 
@@ -223,7 +247,57 @@ class CLIPransformerSS(TaskModule):
         return {"cls_feats": features}
 
 
-# -- both -------------------------------------------------------------------------------------------------------------
+# -- models that never zero what is missing ---------------------------------------------------------------------------
+
+
+class Towers(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.image, self.text = nn.Linear(5, width), nn.Linear(6, width)
+
+    def forward(self, image, text):
+        return torch.cat([self.image(image), self.text(text)], dim=1)
+
+
+class MoRA(nn.Module):
+    """`cls_head` on [image, text], which is told nothing; `missing_types` in the batch: codes as MAP's."""
+
+    def __init__(self, num_classes=3, width=8):
+        super().__init__()
+        self.towers = Towers(width)
+        self.cls_head = nn.Linear(2 * width, num_classes)
+
+    def forward(self, batch):
+        logits = self.cls_head(self.towers(batch["image"], batch["text"]))
+        return {"loss": F.cross_entropy(logits, batch["label"]), "logits": logits}
+
+
+class AOEPT(nn.Module):
+    """`classifier` on [image, text], which is told nothing; `missing_masks`: True is missing, the text first."""
+
+    def __init__(self, num_classes=3):
+        super().__init__()
+        self.model = nn.ModuleDict({"towers": Towers(), "classifier": nn.Linear(16, num_classes)})
+
+    def forward(self, image, text, missing_masks, labels=None):
+        logits = self.model["classifier"](self.model["towers"](image, text))
+        return logits if labels is None else F.cross_entropy(logits, labels)
+
+
+def unzeroed_batch(missing_types=(0, 1, 2, 0), seed=0):
+    """Of either model: nothing is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.tensor(missing_types)
+    return {
+        "image": torch.randn(len(codes), 5, generator=generator),
+        "text": torch.randn(len(codes), 6, generator=generator),
+        "label": torch.randint(0, 3, (len(codes),), generator=generator),
+        "missing_types": codes.tolist(),
+        "missing_masks": torch.stack([codes == 1, codes == 2], dim=1),
+    }
+
+
+# -- MAP and DCP ------------------------------------------------------------------------------------------------------
 
 
 def config(*tasks, prompt_type="input"):

@@ -9,7 +9,7 @@ import reference
 import torch
 from roads import every_block
 
-from protohead import present_from_flags, present_from_missing_type, present_from_ragpt
+from protohead import present_from_flags, present_from_missing_mask, present_from_missing_type, present_from_ragpt
 from protohead.cases import block_index, case_masks, case_names, nearest_case
 
 PAIR = ("image", "text")
@@ -214,3 +214,34 @@ def test_of_equals_the_case_of_training_is_taken():
     case, block = block_index(rows, masks, seen)
     assert case.tolist() == [1, 0]
     assert block.tolist() == [[1, -1], [0, -1]]
+
+
+@pytest.mark.parametrize("wrap", [torch.tensor, np.array, list, lambda x: torch.tensor(x).long(), lambda x: torch.tensor(x).half()])  # fmt: skip # noqa: E501
+def test_inverted_masks(wrap):
+    mask = wrap([[False, False], [True, False], [False, True]])  # As in AOEPT: True is missing, the text first.
+    assert present_from_missing_mask(mask, ["text", "image"], PAIR).tolist() == [COMPLETE, NO_TEXT, NO_IMAGE]
+    assert present_from_missing_mask(mask, PAIR, PAIR).tolist() == [COMPLETE, NO_IMAGE, NO_TEXT]
+    assert present_from_missing_mask(mask, PAIR, PAIR).dtype == torch.bool
+
+
+def test_inverted_masks_of_other_sizes():
+    mask = torch.tensor([[True, False, False]])
+    assert present_from_missing_mask(mask, ["a", "b", "c"], ["c", "a", "b"]).tolist() == [[True, False, True]]
+    assert present_from_missing_mask(mask[:0], ["a", "b", "c"], ["c", "a", "b"]).shape == (0, 3)
+    assert present_from_missing_mask(mask, ["a", "b", "c"], ["c", "a", "b"], device="meta").is_meta
+
+
+@pytest.mark.parametrize(
+    ("mask", "columns", "match"),
+    [
+        ([[0, 1], [2, 0]], PAIR, "True or 1 where one is missing, but got 2 in row 1"),
+        ([[0.0, float("nan")]], PAIR, "got nan in row 0"),
+        ([0, 1, 2], PAIR, r"`missing_mask` to be of shape \(B, 2\) for .*, but got \(3,\)"),
+        ([[0, 1, 0]], PAIR, r"got \(1, 3\)"),
+        ([[0, 1]], ["image", "txt"], r"`columns` to be \('image', 'text'\), in any order, but got \('image', 'txt'\)"),
+        ([[0, 1]], ["image", "image"], "no name twice"),
+    ],
+)
+def test_wrong_inverted_masks(mask, columns, match):
+    with pytest.raises(ValueError, match=match):
+        present_from_missing_mask(mask, columns, PAIR)

@@ -2,15 +2,17 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from standins import CLASSES, CLIPransformerSS, ViLTransformerSS, config, map_batch
+from standins import CLASSES, CLIPransformerSS, MemPrompt, ViLTransformerSS, config, map_batch
 from torch import nn
 
-from protohead import DecoupledPrototypeHead
-from protohead.adapters.map import TaskHead, attach_map, fits
+from protohead import DecoupledPrototypeHead, attach, present_from_missing_type
+from protohead.adapters.batch import BatchHead
+from protohead.adapters.map import attach_map, fits
 
 # Most of these heads are scored as they were made.
 pytestmark = pytest.mark.filterwarnings("ignore:This head is in eval mode")
@@ -86,26 +88,28 @@ def test_image_cls_is_what_infer_calls_so_in_input_mode():
     assert module.transformer.norm._forward_hooks == {}
 
 
+@pytest.mark.parametrize("order", [("image", "text"), ("text", "image")])
 @pytest.mark.parametrize("prompt_type", ["input", "attention"])
-def test_cls_feats_are_zero_where_missing(prompt_type):
+def test_cls_feats_are_both_tokens(prompt_type, order):
     module, batch = map_model(prompt_type=prompt_type).eval(), map_batch()
+    head_of(module).modalities = order
     features = cls_tokens(module, batch)
-    image, text = module.infer(batch)["cls_feats"].chunk(2, dim=1)
-    for i, code in enumerate(TYPES):
-        torch.testing.assert_close(image[i], features["image"][i] * (code != 2))
-        torch.testing.assert_close(text[i], features["text"][i] * (code != 1))
+    torch.testing.assert_close(module.infer(batch)["cls_feats"], torch.cat([features[name] for name in order], dim=1))
 
 
 def test_nan_in_a_missing_half_stays_there():
     module, batch = map_model().eval(), map_batch()
-    clean = module.infer(batch)["cls_feats"]
-    module.transformer.norm.register_forward_hook(
-        lambda module, args, x: torch.where(torch.tensor(TYPES)[:, None, None] == 2, torch.nan, x)
-    )
-    spoilt = module.infer(batch)["cls_feats"]
+    module.set_task()
+    clean = module(batch)["hatememes_logits"]
     whole = torch.tensor(TYPES) != 2
-    torch.testing.assert_close(spoilt[whole], clean[whole])
-    assert spoilt[~whole, :16].eq(0).all()
+
+    def spoil(module, args, x):
+        x = x.clone()
+        x[~whole, -5:] = torch.nan  # The image tokens.
+        return x
+
+    module.transformer.norm.register_forward_hook(spoil)
+    torch.testing.assert_close(module(batch)["hatememes_logits"], clean)
 
 
 @pytest.mark.parametrize("prompt_type", ["input", "attention"])
@@ -138,12 +142,11 @@ def test_no_margin_and_no_prototype_loss_in_eval():
     module.eval()
     output = module(batch)
     assert sorted(output) == ["hatememes_labels", "hatememes_logits", "hatememes_loss"]
-    plain = head_of(module)(module.infer(batch)["cls_feats"])
+    present = present_from_missing_type(TYPES, ["image", "text"])
+    plain = head_of(module)(module.infer(batch)["cls_feats"], present)
     torch.testing.assert_close(output["hatememes_logits"], plain)
     labelled = torch.tensor(batch["label"])[:, None]
     assert (trained["hatememes_logits"].gather(1, labelled) < plain.gather(1, labelled)).all()
-    del batch["label"]
-    assert module.train().infer(batch)["cls_feats"]._protohead_rows[1] is None  # No labels, no loss, no margin.
 
 
 def test_no_task_no_loss():
@@ -154,20 +157,18 @@ def test_no_task_no_loss():
 
 def test_masks_and_labels_belong_to_one_batch():
     module = map_model("food101").eval()
-    classifier = module.food101_classifier
-    first, second = map_batch("food101"), map_batch("food101", [2.0, 2.0, 1.0, 1.0, 0.0, 0.0], seed=1)
-    alone = [classifier(module.infer(batch)["cls_feats"]) for batch in (first, second)]
-    both = [module.infer(batch)["cls_feats"] for batch in (first, second)]
-    for logits, features in zip(alone, both, strict=True):
-        torch.testing.assert_close(classifier(features), logits)
-        torch.testing.assert_close(classifier(features.clone()), logits)  # No mask: zeros are missing.
-    module.train()
-    with pytest.raises(RuntimeError, match=r'`infer\(batch\)\["cls_feats"\]` itself in training'):
-        classifier(both[0].clone())
+    module.set_task()
+    first, second = map_batch("food101"), map_batch("food101", [2.0, 2.0, 1.0, 1.0], seed=1)
+    for batch in (first, second, first):
+        expected = expected_logits(module, batch, "food101", False)
+        torch.testing.assert_close(module(batch)["food101_logits"], expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="in the forward of its model"):
+        module.food101_classifier(module.infer(first)["cls_feats"])
 
 
 def test_the_missing_types_count_not_the_zeros():
     module, batch = map_model().eval(), map_batch(missing_type=[0.0, 0.0])
+    module.set_task()
 
     def without_text(module, args, x):
         return torch.cat([x[:, :-5] * 0, x[:, -5:]], dim=1)
@@ -175,7 +176,7 @@ def test_the_missing_types_count_not_the_zeros():
     module.transformer.norm.register_forward_hook(without_text)
     features = module.infer(batch)["cls_feats"]
     assert features[:, 16:].eq(0).all()
-    logits = module.hatememes_classifier(features)
+    logits = module(batch)["hatememes_logits"]
     torch.testing.assert_close(logits, head_of(module)(features, torch.ones(2, 2, dtype=torch.bool)))
     assert not torch.allclose(logits, head_of(module)(features))
 
@@ -262,6 +263,54 @@ def test_multi_hot_labels_for_mmimdb_only():
         map_model("mmimdb").training_step(map_batch("mmimdb") | {"label": [0, 1, 2, 0, 0, 0]})
 
 
+@pytest.mark.parametrize("between", [0, 1, 3])
+def test_memprompts_layout_is_refused(between):
+    torch.manual_seed(0)
+    module = MemPrompt(config("hatememes"), between)
+    attach(module, 2)
+    module.eval().set_task()
+    if between:
+        with pytest.raises(ValueError, match=r"MAP's layout, .* before image, .*in MemPrompt's layout"):
+            module(map_batch())
+    else:  # MAP's layout.
+        close = {"rtol": 1e-4, "atol": 1e-4}
+        batch = map_batch()
+        result, logits = module.infer(batch), module(batch)["hatememes_logits"]
+        features = torch.cat([result["image_feats"][:, 0], result["text_feats"][:, 0]], dim=1)
+        present = present_from_missing_type(TYPES, ["image", "text"])
+        torch.testing.assert_close(logits, head_of(module)(features, present), **close)
+
+
+def test_the_layout_is_compared_by_value_where_infer_copies():
+    module, batch = map_model().eval(), map_batch()
+    plain = module.infer(batch)["cls_feats"]
+
+    class Copies(ViLTransformerSS):
+        def infer(self, *args, **kwargs):
+            result = super().infer(*args, **kwargs)
+            return result | {name: result[name].clone() for name in ("text_feats", "image_feats")}
+
+    torch.manual_seed(0)
+    other = attach_map(Copies(config("hatememes")), 2, None, {}).eval()
+    torch.testing.assert_close(other.infer(batch)["cls_feats"], plain, rtol=1e-4, atol=1e-4)
+
+
+def test_the_prototype_loss_is_logged_where_the_module_can_log():
+    class Logs(ViLTransformerSS):
+        def log(self, name, value):
+            logged[name] = value
+
+    logged = {}
+    module = attach_map(Logs(config("hatememes")), 2, 0.5, {})
+    module.set_task()
+    output = module(map_batch())
+    assert logged == {"hatememes/train/prototype_loss": output["hatememes_prototype_loss"]}
+    assert not logged["hatememes/train/prototype_loss"].requires_grad
+    logged.clear()
+    module.eval()(map_batch())
+    assert not logged
+
+
 def test_a_failing_infer_leaves_no_hook():
     module, batch = map_model().eval(), map_batch()
     with pytest.raises(IndexError):
@@ -303,7 +352,11 @@ def test_a_failure_leaves_the_module_as_it_was(tasks, arguments, error, match):
 
 def test_other_modules_that_cannot_be_attached():
     module = map_model()
-    with pytest.raises(ValueError, match=r"hatememes_classifier to hold an nn\.Linear, but got TaskHead"):
+    with pytest.raises(ValueError, match="hatememes_classifier to be the module's own, but `attach` has put a head"):
+        attach(module, 2)
+    module = ViLTransformerSS(config("hatememes"))
+    module.hatememes_classifier = nn.Identity()
+    with pytest.raises(ValueError, match=r"hatememes_classifier to hold an nn\.Linear, but got Identity"):
         attach_map(module, 2, None, {})
     module = ViLTransformerSS(config("hatememes"))
     module.infer = lambda batch: {}
@@ -317,12 +370,13 @@ def test_hook_leaves_other_outputs_alone():
     module = map_model()
     hook = next(iter(module._forward_hooks.values()))
     assert hook(module, (), torch.tensor(1.0)) is None
-    assert isinstance(module.hatememes_classifier, TaskHead)
+    assert isinstance(module.hatememes_classifier, BatchHead)
     assert isinstance(head_of(module), DecoupledPrototypeHead)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_lightning_trains_it():
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_lightning_trains_it(strategy, tmp_path):
     lightning = pytest.importorskip("lightning")
 
     class LightningViLT(ViLTransformerSS, lightning.LightningModule):
@@ -330,14 +384,24 @@ def test_lightning_trains_it():
 
     torch.manual_seed(0)
     module = attach_map(LightningViLT(config("hatememes")), 2, 0.5, {})
+    module.set_task()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module(map_batch())  # Without a trainer there is nothing to log to, of which Lightning would warn.
     before = {name: p.clone() for name, p in module.named_parameters()}
     batches = torch.utils.data.DataLoader([map_batch(seed=seed) for seed in range(3)], batch_size=None)
     trainer = lightning.Trainer(
-        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False,
+        max_epochs=1, accelerator="cpu", devices=1, strategy=strategy, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
     )  # fmt: skip
     trainer.fit(module, batches, batches)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     changed = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
     assert "hatememes_classifier.head.prototypes.image" in changed
     assert "pooler.dense.weight" not in changed
     assert head_of(module).seen_cases == ("image+text", "image", "text")
+    logged = trainer.callback_metrics["hatememes/train/prototype_loss"]
+    assert logged > 0
+    module.train()
+    torch.testing.assert_close(module(map_batch())["hatememes_prototype_loss"].detach(), logged, rtol=0.2, atol=0)

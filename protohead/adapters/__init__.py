@@ -1,7 +1,6 @@
 """Put the head on a model that you already have: :func:`attach` and :func:`replace_module`."""
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 from protohead.adapters import dcp, map, open_clip, transformers
 from protohead.adapters.extra import add_extra, check_extra, without
 from protohead.adapters.probe import chosen_parameters, parameters_of, try_encoders
+from protohead.adapters.replace import replace_module
 from protohead.adapters.towers import put_on, read_towers
 from protohead.classifier import PrototypeClassifier
 from protohead.head import DecoupledPrototypeHead
@@ -157,49 +157,3 @@ def _read_backbone(backbone: Any) -> tuple[Any, dict[str, Any] | None, list[tupl
         f"Expected a backbone that `attach` knows, but got {type(backbone).__name__}.{hint} "
         f"What was looked for:{looked_for}\n- any model: a mapping of modality name to encoder"
     )
-
-
-def replace_module(model: nn.Module, path: str, head: nn.Module) -> nn.Module:
-    """Put `head` in the place of the module at a dotted path, and return the module that stood there.
-
-    What calls it gives it features alone: see that they are concatenated in the order of ``head.modalities``, with
-    zeros where one is missing. A module that stands at several paths is replaced at this one.
-
-    Args:
-        model: Any model; changed in place.
-        path: As in ``model.get_submodule``, for instance ``"classifier"`` or ``"blocks.3.mlp"``.
-        head: The new module. It is moved to the device of the old one's parameters, if that had any.
-
-    Raises:
-        ValueError: If there is no module at the path, with the nearest names; or if the old module is an
-            ``nn.Linear`` of another width than the head. The model is then unchanged.
-        TypeError: If `head` is not a module or `path` not a string.
-
-    Example:
-        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(7, 5))
-        >>> replace_module(model, "1", DecoupledPrototypeHead({"image": 4, "text": 3}, num_classes=5))
-        Linear(in_features=7, out_features=5, bias=True)
-        >>> model(torch.randn(2, 7)).shape
-        torch.Size([2, 5])
-    """
-    if not isinstance(head, nn.Module) or not isinstance(path, str):
-        got = f"{type(head).__name__} and {type(path).__name__}"
-        raise TypeError(f"Expected arguments `head` and `path` to be a module and a string, but got {got}.")
-    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    if path not in names:
-        near = get_close_matches(path, names) or names[-5:]
-        raise ValueError(
-            f"Expected `path` to be that of a module in {type(model).__name__}, but got {path!r}; nearest: {near}."
-        )
-    old = model.get_submodule(path)
-    if isinstance(old, nn.Linear) and isinstance(head, DecoupledPrototypeHead):
-        width = sum(head.in_features.values())
-        if old.in_features != width:
-            raise ValueError(f"Expected a head of {old.in_features} features at {path!r}, but got {head.in_features}.")
-    parameter = next(old.parameters(), None)
-    if parameter is not None:
-        head.to(parameter.device)
-    head.train(old.training)
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, head)
-    return old

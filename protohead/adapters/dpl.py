@@ -1,7 +1,8 @@
 """DPL (arXiv 2505.08283): models and prototypes from the checkpoints of its published code, and prototypes back.
 
 For each task that code has `<task>_pl_head` with four matrices of one shape: for complete rows one of the image and one
-of the text, for rows without text one of the image, for rows without image one of the text.
+of the text (`w_mi_c`, `w_mt_c`), for rows without text one of the image (`w_mi_tm`), for rows without image one of the
+text (`w_mt_im`).
 """
 
 import re
@@ -24,7 +25,8 @@ SLOTS = {
     "text_missing": ("image", 1),
     "image_missing": ("text", 1),
 }
-FORMS = {"image": ("image", "img", "visual", "mi"), "text": ("text", "txt", "mt")}
+NAMES = {"w_mi_c": "complete_image", "w_mt_c": "complete_text", "w_mi_tm": "text_missing", "w_mt_im": "image_missing"}
+TYPE3 = ("w_mi_im", "w_mt_tm")  # What such a head has besides: of the modality that is missing.
 
 
 def load_dpl(
@@ -44,19 +46,19 @@ def load_dpl(
         num_classes: K; tells (K, D) from (D, K).
         scale: As for the head. The checkpoint does not hold it.
         margin: As for the head. The checkpoint does not hold it.
-        names: The keys of the four matrices by what they are: ``complete_image``, ``complete_text``, ``text_missing``
-            (the image's, for rows without text) and ``image_missing``. By default :func:`dpl_names` finds them.
+        names: The keys of the four matrices, if they are not DPL's own, by what they are: ``complete_image``,
+            ``complete_text``, ``text_missing`` (the image's, for rows without text) and ``image_missing``.
 
     Returns:
         A head on the CPU for the modalities image and text, with ``shared_space=True``, in the checkpoint's dtype.
 
     Raises:
-        ValueError: If the matrices are not found, cannot be told apart, or are not all (K, D) or all (D, K).
+        ValueError: If the matrices are not found, are those of a Type3 head, or are not all (K, D) or all (D, K).
 
     Example:
-        >>> matrix = {name: torch.randn(5, 8) for name in ("image", "text", "image_only", "text_only")}
+        >>> matrix = {name: torch.randn(8, 5) for name in ("w_mi_c", "w_mt_c", "w_mi_tm", "w_mt_im")}
         >>> head = load_dpl({f"food101_pl_head.{name}": w for name, w in matrix.items()}, "food101", num_classes=5)
-        >>> torch.equal(head.prototypes["image"][1], matrix["image_only"])
+        >>> torch.equal(head.prototypes["image"][1], matrix["w_mi_tm"].T)
         True
     """
     state = _state_dict(checkpoint)
@@ -153,11 +155,7 @@ def to_dpl(
 
 
 def dpl_names(checkpoint: Mapping[str, Any], task: str) -> dict[str, str]:
-    """Which key of a checkpoint holds which matrix, as far as the names tell.
-
-    A name is read by its words: image or text (mi and mt in DPL), missing (what comes next), only (the other one is
-    missing), tm and im (text and image missing, as in DPL's options). No order is assumed: if a name can be read in
-    two ways, or two as the same matrix, this raises.
+    """Which key of a checkpoint holds which matrix, by DPL's own names.
 
     Args:
         checkpoint: As for :func:`load_dpl`.
@@ -167,7 +165,8 @@ def dpl_names(checkpoint: Mapping[str, Any], task: str) -> dict[str, str]:
         The argument `names` of :func:`load_dpl`.
 
     Raises:
-        ValueError: If the names do not tell; the message lists the keys.
+        ValueError: If the matrices have other names, which are never guessed, or there are others beside them, as in a
+            Type3 head; the message lists the keys.
     """
     state = _state_dict(checkpoint)
     inside = re.compile(rf"(?:.*\.)?{re.escape(task)}_pl_head\.(.+)")
@@ -176,38 +175,19 @@ def dpl_names(checkpoint: Mapping[str, Any], task: str) -> dict[str, str]:
         heads = sorted({match[1] for key in state if (match := re.search(r"(\w+)_pl_head\.", key))})
         raise ValueError(f"Expected keys like {task}_pl_head.*, but got heads of the tasks {heads}.")
     matrices = {key: name for key, name in found.items() if isinstance(state[key], Tensor) and state[key].dim() == 2}
-    read = [slot for name in matrices.values() if (slot := _slot(name))]
-    if len(matrices) != 4 or set(read) != set(SLOTS):
+    if set(TYPE3) & set(matrices.values()):
+        raise ValueError(
+            f"Expected a head of four matrices (DPL's Type4), but got one of Type3: {list(matrices)}. A modality that "
+            "is missing has prototypes there, too, for which this head has no place."
+        )
+    if sorted(matrices.values()) != sorted(NAMES):
         shapes = {key: tuple(getattr(state[key], "shape", ())) for key in found}
         example = "{" + ", ".join(f"{slot!r}: key" for slot in SLOTS) + "}"
         raise ValueError(
-            f"Expected four matrices whose names tell which they are, but got {shapes}; pass `names={example}`."
+            f"Expected the four matrices {list(NAMES)}, but got {shapes}; pass `names={example}` where they have other "
+            "names."
         )
-    return dict(zip(read, matrices, strict=True))
-
-
-def _slot(name: str) -> str | None:
-    """What a matrix is by its name; None if that is not plain."""
-    words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
-    modality = {i: name for i, word in enumerate(words) for name, forms in FORMS.items() if word in forms}
-    missing: set[str] = set()
-    for i, word in enumerate(words):
-        if word in ("missing", "miss"):
-            # "image_missing" could also be the image's matrix, used where something is missing.
-            if i - 1 in modality or i + 1 not in modality:
-                return None
-            missing.add(modality.pop(i + 1))
-        elif word in ("tm", "im"):
-            missing.add({"tm": "text", "im": "image"}[word])
-        elif word == "only":
-            missing.update({"image", "text"} - set(modality.values()))
-    left = set(modality.values())
-    if not missing:
-        return f"complete_{left.pop()}" if len(left) == 1 else None
-    # The matrix of a case is that of the modality which is left.
-    if len(missing) == 2 or left & missing or {"complete", "full", "both"} & set(words):
-        return None
-    return f"{missing.pop()}_missing"
+    return {NAMES[name]: key for key, name in matrices.items()}
 
 
 def _state_dict(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
