@@ -80,12 +80,13 @@ def test_trains():
 
 def test_masks_and_labels_belong_to_one_batch():
     module = dcp_model("food101").eval()
-    module.set_task()
-    first, second = dcp_batch("food101"), dcp_batch("food101", [2.0, 2.0, 1.0, 1.0], seed=1)
-    for batch in (first, second, first):
-        torch.testing.assert_close(module(batch)["food101_logits"], expected_logits(module, batch, "food101", False))
-    with pytest.raises(RuntimeError, match="in the forward of its model"):
-        module.food101_classifier(module.infer(first)["cls_feats"])
+    classifier = module.food101_classifier
+    first, second = dcp_batch("food101"), dcp_batch("food101", [2.0, 2.0, 1.0, 1.0, 0.0, 0.0], seed=1)
+    alone = [classifier(module.infer(batch)["cls_feats"]) for batch in (first, second)]
+    both = [module.infer(batch)["cls_feats"] for batch in (first, second)]
+    for logits, features in zip(alone, both, strict=True):
+        torch.testing.assert_close(classifier(features), logits)
+        torch.testing.assert_close(classifier(features.clone()), logits)  # No mask: zeros are missing.
 
 
 def test_attaching_twice():
@@ -111,7 +112,7 @@ def test_copies_use_their_own_head(twin):
     [
         ({"missing_type": [0.0, 1.0, 2.0, 3.0, 0.0, 0.0]}, "3.0 in row 3"),
         # DCP itself would read one missing type as that of every row.
-        ({"missing_type": [1.0], "label": [1]}, "one batch size, but got .*'present': 1"),
+        ({"missing_type": [1.0], "label": [1]}, "one missing type a row, but got 1 for 6 rows"),
         ({"label": [0, 1, -1, 0, 0, 0]}, r"in \[0, 2\), or -100, but got -1 in row 2"),
     ],
 )

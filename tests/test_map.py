@@ -11,8 +11,7 @@ from standins import CLASSES, CLIPransformerSS, MemPrompt, ViLTransformerSS, con
 from torch import nn
 
 from protohead import DecoupledPrototypeHead, attach, present_from_missing_type
-from protohead.adapters.batch import BatchHead
-from protohead.adapters.map import attach_map, fits
+from protohead.adapters.map import TaskHead, attach_map, fits
 
 # Most of these heads are scored as they were made.
 pytestmark = pytest.mark.filterwarnings("ignore:This head is in eval mode")
@@ -88,28 +87,26 @@ def test_image_cls_is_what_infer_calls_so_in_input_mode():
     assert module.transformer.norm._forward_hooks == {}
 
 
-@pytest.mark.parametrize("order", [("image", "text"), ("text", "image")])
 @pytest.mark.parametrize("prompt_type", ["input", "attention"])
-def test_cls_feats_are_both_tokens(prompt_type, order):
+def test_cls_feats_are_zero_where_missing(prompt_type):
     module, batch = map_model(prompt_type=prompt_type).eval(), map_batch()
-    head_of(module).modalities = order
     features = cls_tokens(module, batch)
-    torch.testing.assert_close(module.infer(batch)["cls_feats"], torch.cat([features[name] for name in order], dim=1))
+    image, text = module.infer(batch)["cls_feats"].chunk(2, dim=1)
+    for i, code in enumerate(TYPES):
+        torch.testing.assert_close(image[i], features["image"][i] * (code != 2))
+        torch.testing.assert_close(text[i], features["text"][i] * (code != 1))
 
 
 def test_nan_in_a_missing_half_stays_there():
     module, batch = map_model().eval(), map_batch()
-    module.set_task()
-    clean = module(batch)["hatememes_logits"]
+    clean = module.infer(batch)["cls_feats"]
+    module.transformer.norm.register_forward_hook(
+        lambda module, args, x: torch.where(torch.tensor(TYPES)[:, None, None] == 2, torch.nan, x)
+    )
+    spoilt = module.infer(batch)["cls_feats"]
     whole = torch.tensor(TYPES) != 2
-
-    def spoil(module, args, x):
-        x = x.clone()
-        x[~whole, -5:] = torch.nan  # The image tokens.
-        return x
-
-    module.transformer.norm.register_forward_hook(spoil)
-    torch.testing.assert_close(module(batch)["hatememes_logits"], clean)
+    torch.testing.assert_close(spoilt[whole], clean[whole])
+    assert spoilt[~whole, :16].eq(0).all()
 
 
 @pytest.mark.parametrize("prompt_type", ["input", "attention"])
@@ -142,11 +139,12 @@ def test_no_margin_and_no_prototype_loss_in_eval():
     module.eval()
     output = module(batch)
     assert sorted(output) == ["hatememes_labels", "hatememes_logits", "hatememes_loss"]
-    present = present_from_missing_type(TYPES, ["image", "text"])
-    plain = head_of(module)(module.infer(batch)["cls_feats"], present)
+    plain = head_of(module)(module.infer(batch)["cls_feats"])
     torch.testing.assert_close(output["hatememes_logits"], plain)
     labelled = torch.tensor(batch["label"])[:, None]
     assert (trained["hatememes_logits"].gather(1, labelled) < plain.gather(1, labelled)).all()
+    del batch["label"]
+    assert module.train().infer(batch)["cls_feats"]._protohead_rows[1] is None  # No labels, no loss, no margin.
 
 
 def test_no_task_no_loss():
@@ -157,18 +155,20 @@ def test_no_task_no_loss():
 
 def test_masks_and_labels_belong_to_one_batch():
     module = map_model("food101").eval()
-    module.set_task()
-    first, second = map_batch("food101"), map_batch("food101", [2.0, 2.0, 1.0, 1.0], seed=1)
-    for batch in (first, second, first):
-        expected = expected_logits(module, batch, "food101", False)
-        torch.testing.assert_close(module(batch)["food101_logits"], expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(RuntimeError, match="in the forward of its model"):
-        module.food101_classifier(module.infer(first)["cls_feats"])
+    classifier = module.food101_classifier
+    first, second = map_batch("food101"), map_batch("food101", [2.0, 2.0, 1.0, 1.0, 0.0, 0.0], seed=1)
+    alone = [classifier(module.infer(batch)["cls_feats"]) for batch in (first, second)]
+    both = [module.infer(batch)["cls_feats"] for batch in (first, second)]
+    for logits, features in zip(alone, both, strict=True):
+        torch.testing.assert_close(classifier(features), logits)
+        torch.testing.assert_close(classifier(features.clone()), logits)  # No mask: zeros are missing.
+    module.train()
+    with pytest.raises(RuntimeError, match=r'`infer\(batch\)\["cls_feats"\]` itself in training'):
+        classifier(both[0].clone())
 
 
 def test_the_missing_types_count_not_the_zeros():
     module, batch = map_model().eval(), map_batch(missing_type=[0.0, 0.0])
-    module.set_task()
 
     def without_text(module, args, x):
         return torch.cat([x[:, :-5] * 0, x[:, -5:]], dim=1)
@@ -176,7 +176,7 @@ def test_the_missing_types_count_not_the_zeros():
     module.transformer.norm.register_forward_hook(without_text)
     features = module.infer(batch)["cls_feats"]
     assert features[:, 16:].eq(0).all()
-    logits = module(batch)["hatememes_logits"]
+    logits = module.hatememes_classifier(features)
     torch.testing.assert_close(logits, head_of(module)(features, torch.ones(2, 2, dtype=torch.bool)))
     assert not torch.allclose(logits, head_of(module)(features))
 
@@ -370,7 +370,7 @@ def test_hook_leaves_other_outputs_alone():
     module = map_model()
     hook = next(iter(module._forward_hooks.values()))
     assert hook(module, (), torch.tensor(1.0)) is None
-    assert isinstance(module.hatememes_classifier, BatchHead)
+    assert isinstance(module.hatememes_classifier, TaskHead)
     assert isinstance(head_of(module), DecoupledPrototypeHead)
 
 

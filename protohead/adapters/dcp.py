@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from protohead.adapters.map import find_classifier, install
+from protohead.adapters.map import add_rows, find_classifier, install, read_batch
 
 __all__ = ["LOOKED_FOR", "attach_dcp", "fits"]
 
@@ -45,5 +45,13 @@ def attach_dcp(
     task, linears = find_classifier(module)
     if (width := linears[0].in_features) % 2:
         raise ValueError(f"Expected {task}_classifier to read image and text features of one width, but got {width}.")
-    install(module, task, width // 2, num_classes, prototype_weight, head_options)
+    install(module, task, _infer, width // 2, num_classes, prototype_weight, head_options)
     return module
+
+
+def _infer(module: Any, task: str, batch: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """DCP's `infer`; its features have what the head needs to know about their rows."""
+    present, labels = read_batch(module, task, batch)
+    result: dict[str, Any] = type(module).infer(module, batch, *args, **kwargs)
+    add_rows(result["cls_feats"], present, labels)
+    return result

@@ -4,26 +4,59 @@ Nothing of MAP is imported: what has its attributes and calls is taken for it. W
 its training loop do stays theirs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from protohead.adapters.batch import BatchHead
-from protohead.adapters.replace import replace_module
 from protohead.head import DecoupledPrototypeHead
 from protohead.inputs import check_labels
 from protohead.objective import Objective
 from protohead.present import present_from_missing_type
 
-__all__ = ["LOOKED_FOR", "attach_map", "fits"]
+__all__ = ["LOOKED_FOR", "TaskHead", "attach_map", "fits"]
 
 LOOKED_FOR = "MAP's ViLTransformerSS: a method `infer`, `transformer.norm`, and a classifier of its task"
 TASKS = ("hatememes", "food101", "mmimdb")
 # The paper's head: in MAP's own loop the classification loss is its own, which learns no center.
 PAPER = {"cases": "all", "scale": 32.0, "shared_space": True, "centered": False}
+
+
+class TaskHead(nn.Module):
+    """What stands at `<task>_classifier`: the head, called with the features alone as MAP's objectives do.
+
+    Which modalities are present, and the labels, come with the features: `infer` leaves them as an attribute of the
+    tensor that it returns. So there is no state that another batch could find.
+
+    Args:
+        head: For the modalities image and text.
+        prototype_weight: λ of the prototype loss.
+    """
+
+    def __init__(self, head: DecoupledPrototypeHead, prototype_weight: float) -> None:
+        super().__init__()
+        self.head = head
+        self.prototype_weight = prototype_weight
+
+    def forward(self, cls_feats: Tensor) -> Tensor:
+        """(B, 2·D) features to (B, K) logits.
+
+        Features that do not come from `infer` are read as the head does without a mask: zeros are missing.
+
+        Raises:
+            RuntimeError: If such features come in training mode, where the margins need labels.
+        """
+        rows = getattr(cls_feats, "_protohead_rows", None)
+        if rows is None and self.training:
+            raise RuntimeError(
+                'Expected the tensor `infer(batch)["cls_feats"]` itself in training, but got features without their '
+                "missing types and labels."
+            )
+        present, labels = rows or (None, None)
+        logits: Tensor = self.head(cls_feats, present, labels)
+        return logits
 
 
 def fits(backbone: object) -> bool:
@@ -60,18 +93,15 @@ def attach_map(
         ValueError: If the module or an argument is not as said, or has a head; the module is as it was.
     """
     task, linears = find_classifier(module)
-    if "infer" in vars(module):
-        raise ValueError(f"Expected `infer` to be a method of {type(module).__name__}, but this module has its own.")
-    install(module, task, linears[0].in_features, num_classes, prototype_weight, head_options)
-    # A partial of a function of this file, so that a copied or pickled module calls itself, not the original.
-    module.infer = partial(_infer, module, task)  # type: ignore[assignment]
+    install(module, task, _infer, linears[0].in_features, num_classes, prototype_weight, head_options)
     if isinstance(pooler := getattr(module, "pooler", None), nn.Module):
         pooler.requires_grad_(False)
     return module
 
 
 def _infer(module: Any, task: str, batch: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """MAP's `infer`, with both CLS tokens as ``cls_feats``, in the order of the head's modalities."""
+    """MAP's `infer`, with both CLS tokens as ``cls_feats``."""
+    present, labels = read_batch(module, task, batch)
     outputs: list[Tensor] = []
     hook = module.transformer.norm.register_forward_hook(lambda _module, _args, output: outputs.append(output))
     try:
@@ -91,7 +121,9 @@ def _infer(module: Any, task: str, batch: Mapping[str, Any], *args: Any, **kwarg
             "other models."
         )
     modalities = getattr(module, f"{task}_classifier").head.modalities
-    result["cls_feats"] = torch.cat([features[name] for name in modalities], dim=1)
+    here = present.to(outputs[-1].device)
+    rows = [torch.where(here[:, m, None], features[name], 0) for m, name in enumerate(modalities)]
+    result["cls_feats"] = add_rows(torch.cat(rows, dim=1), present, labels)
     return result
 
 
@@ -112,7 +144,7 @@ def find_classifier(module: nn.Module) -> tuple[str, list[nn.Linear]]:
         got = [name for name in children if name.endswith("_classifier")] or list(children)
         raise ValueError(f"Expected {type(module).__name__} to have exactly one of {wanted}, but it has {got}.")
     name = f"{found[0]}_classifier"
-    if isinstance(children[name], BatchHead):
+    if isinstance(children[name], TaskHead):
         raise ValueError(f"Expected {name} to be the module's own, but `attach` has put a head there: attach once.")
     if not (linears := [part for part in children[name].modules() if isinstance(part, nn.Linear)]):
         raise ValueError(f"Expected {name} to hold an nn.Linear, but got {children[name]}.")
@@ -120,46 +152,57 @@ def find_classifier(module: nn.Module) -> tuple[str, list[nn.Linear]]:
 
 
 def install(
-    module: nn.Module,
+    module: Any,
     task: str,
+    infer: Callable[..., dict[str, Any]],
     width: int,
     num_classes: int,
     prototype_weight: float | None,
     head_options: Mapping[str, Any],
 ) -> None:
-    """Check all; then replace the classifier and add the prototype loss."""
+    """Check all; then replace the classifier, override `infer` on the instance, and add the prototype loss."""
     name = f"{task}_classifier"
-    last = [part for part in module.get_submodule(name).modules() if isinstance(part, nn.Linear)][-1]
+    old = module.get_submodule(name)
+    last = [part for part in old.modules() if isinstance(part, nn.Linear)][-1]
     if num_classes != last.out_features:
         raise ValueError(
             f"Expected argument `num_classes` to be {last.out_features} as in {name}, but got {num_classes}."
         )
     objective = Objective() if prototype_weight is None else Objective(prototype_weight)
+    if "infer" in vars(module):
+        raise ValueError(f"Expected `infer` to be a method of {type(module).__name__}, but this module has its own.")
     options = {**PAPER, "device": last.weight.device, "dtype": last.weight.dtype, **head_options}
     head = DecoupledPrototypeHead({"image": width, "text": width}, num_classes, **options)
 
-    present, labels = partial(_read_present, head.modalities), partial(_read_labels, task, num_classes)
-    replace_module(module, name, head, present=present, labels=labels)
-    part: Any = module.get_submodule(name)
-    part.prototype_weight = float(objective.prototype_weight)
+    setattr(module, name, TaskHead(head, float(objective.prototype_weight)).train(old.training))
+    # Partials of functions of this file, so that a copied or pickled module calls itself, not the original.
+    module.infer = partial(infer, module, task)
     module.register_forward_hook(partial(_add_prototype_loss, task))
 
 
-def _read_present(modalities: Sequence[str], batch: Mapping[str, Any]) -> Tensor:
-    """(B, 2) from a batch of MAP's loader.
+def read_batch(module: Any, task: str, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """(B, 2) which modalities are present, and the labels in training, from a batch of MAP's loader; on the CPU.
 
     Before the model runs: MAP's answers an unknown missing type with the previous row's prompt.
     """
-    return present_from_missing_type(batch["missing_type"], modalities)
-
-
-def _read_labels(task: str, num_classes: int, batch: Mapping[str, Any]) -> Tensor | None:
-    """The labels of a batch, as the task's loss reads them."""
-    if "label" not in batch:
-        return None
+    head = getattr(module, f"{task}_classifier").head
+    present = present_from_missing_type(batch["missing_type"], head.modalities)
+    if not module.training or "label" not in batch:
+        return present, None
+    # As the task's loss reads them.
     labels = torch.as_tensor(batch["label"]).to(torch.float32 if task == "mmimdb" else torch.int64)
-    check_labels(labels, len(batch["missing_type"]), num_classes)
-    return labels
+    check_labels(labels, len(present), head.num_classes)
+    return present, labels
+
+
+def add_rows(cls_feats: Tensor, present: Tensor, labels: Tensor | None) -> Tensor:
+    """The same features, with what :class:`TaskHead` needs to know about their rows as an attribute."""
+    if len(cls_feats) != len(present):
+        raise ValueError(f"Expected one missing type a row, but got {len(present)} for {len(cls_feats)} rows.")
+    device = cls_feats.device
+    rows = present.to(device), None if labels is None else labels.to(device)
+    cls_feats._protohead_rows = rows  # type: ignore[attr-defined]
+    return cls_feats
 
 
 def _add_prototype_loss(task: str, module: nn.Module, args: Any, output: Any) -> None:
