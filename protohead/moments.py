@@ -118,8 +118,8 @@ def _first_origins(batches: Sequence[Rows], widths: Mapping[str, int], like: Ten
 
 
 def origins_at(names: Iterable[str], centers: Iterable[Tensor]) -> Moments:
-    """Origins that are centers: nothing is too near to one that stays."""
-    return {name: {"origin": x, "near": x.new_zeros(())} for name, x in zip(names, centers, strict=True)}
+    """Origins that are centers: nothing is too near to one that stays. They are copies, since a center may move."""
+    return {name: {"origin": x.clone(), "near": x.new_zeros(())} for name, x in zip(names, centers, strict=True)}
 
 
 def empty(moments: Moments, num_classes: int) -> Moments:
@@ -145,7 +145,9 @@ def add(moments: Moments, rows: Rows) -> None:
         # Nothing but rounding lies between these rows and the origin.
         noise = NOISE * torch.finfo(x.dtype).eps * torch.linalg.vector_norm(origin, math.inf)
         u = torch.where(distance > noise, u, 0)
-        rounded = u.to(x.dtype)  # The product is twice as fast in float32.
+        low, high = u[:, -1:].aminmax() if len(x) else (0, 0)
+        ordinary = float(low) > 1e-15 and float(high) < 1e15
+        rounded = u.to(x.dtype) if ordinary else u  # The product is twice as fast in float32, if that has the squares.
         sums["second"] += rounded.T @ rounded
         if labels.is_floating_point():
             sums["by_class"] += labels.to(u).T @ u
