@@ -12,7 +12,7 @@ from protohead.center import WINDOW
 from protohead.closed_form import Choice, choose, prototypes
 from protohead.context import full_precision, widest
 from protohead.inputs import check_finite, check_labels, read_features
-from protohead.moments import CHUNK, NEAR, Moments, Rows, add, collect, empty, means, origins_at, plus
+from protohead.moments import CHUNK, Moments, Rows, add, by_modality, collect, empty, means, origins_at, plus
 from protohead.objective import read_objective
 from protohead.prototypes import write_known
 
@@ -59,7 +59,7 @@ def imprint(
     some = write_known(head.prototypes, found, written)
     head.seen += torch.where(some, counts, 0) * head._masks
     if choice.scale is not None:
-        _write_rest(head, sums, centers, choice)
+        _write_rest(head, sums, sample, centers, choice)
     elif head.centered and classes is not None and not written.all():  # A bias that is like the others.
         head.bias.copy_(torch.where(written, head.bias[~written].mean(), head.bias))
     for x in sums.values():
@@ -113,16 +113,18 @@ def _means(head: Any, moments: Moments) -> list[Tensor]:
     return [torch.where(sums["total"][-1] > 0, mean, center) for sums, mean, center in each]
 
 
-def _write_rest(head: Any, moments: Moments, centers: list[Tensor], choice: Choice) -> None:
+def _write_rest(head: Any, moments: Moments, sample: Rows, centers: list[Tensor], choice: Choice) -> None:
     head.scale.copy_(choice.scale)
     if not head.centered:
         return
     head.bias.copy_(choice.bias)
     head.center.copy_(torch.cat(centers))
     rows = torch.stack([sums["total"][-1] for sums in moments.values()])
-    spread = torch.stack([sums["near"] for sums in moments.values()]) / NEAR
+    each = zip(by_modality(sample, map(len, centers)), centers, strict=True)
+    distances = [torch.linalg.vector_norm(x.to(center) - center, dim=1) for (x, _), center in each]
+    spread = torch.stack([distance.sum() / max(1, len(distance)) for distance in distances])
     head.center_rows.copy_(torch.where(rows > 0, rows.clamp(max=WINDOW), head.center_rows))
-    head.center_spread.copy_(torch.where(rows > 0, spread, head.center_spread))
+    head.center_spread.copy_(torch.where(spread > 0, spread, head.center_spread))
 
 
 def _read_rows(head: Any, features: Any, labels: Tensor | None, present: Any) -> Iterator[Rows]:

@@ -13,7 +13,6 @@ from protohead.sharding import from_all_ranks, sum_over_ranks
 
 __all__ = [
     "CHUNK",
-    "NEAR",
     "Moments",
     "Rows",
     "add",

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from roads import UNTRAINED
 from test_closed_form import WIDTHS, K, build, data, same
 
-from protohead import DecoupledPrototypeHead, imprint
+from protohead import DecoupledPrototypeHead, imprint, moments
 
 pytestmark = UNTRAINED
 
@@ -144,3 +144,19 @@ def test_zeros_that_are_there_are_other_rows_than_what_is_missing():
     x = {"image": torch.ones(2, 6), "text": torch.zeros(2, 4)}
     (rows,) = imprint._read_rows(build(), x, labels, present)
     assert rows.key[0] != rows.key[1]
+
+
+def test_the_spread_is_the_mean_distance_from_the_center(monkeypatch):
+    """Also where the first rows are of one class, or the sums began at a center that stays."""
+    monkeypatch.setattr(moments, "SAMPLE", 50)
+    monkeypatch.setattr(moments, "FEWEST", 300)
+    features, labels, present = data(300)
+    order = labels.argsort(stable=True)
+    rows = {name: x[order] for name, x in features.items()}, labels[order], present[order]
+    head, later = build(), build()
+    head.imprint(*rows)
+    later.imprint(*rows, moments=later.imprint(*rows, shrinkage=1))
+    x = features["image"][present[:, 0]]
+    expected = (x - x.mean(0)).norm(dim=1).mean().item()
+    assert head.center_spread[0].item() == pytest.approx(expected, rel=0.1)
+    assert later.center_spread[0].item() == pytest.approx(expected, rel=0.1)
