@@ -158,7 +158,7 @@ def _read_batch(head: Any, features: Any, labels: Tensor, present: Any, where: s
         here = mask[index]
         parts = [torch.where(has[:, None], x[index], 0).to(dtype) for x, has in zip(rows, here.T, strict=True)]
         key = _keys([*parts, here, labels[index].view(len(index), *labels.shape[1:] or (1,))])
-        yield Rows(torch.cat(parts, 1), labels[index], here, key)
+        yield Rows(torch.cat(parts, 1), labels[index], here, key, key)
 
 
 def _keys(parts: Sequence[Tensor]) -> Tensor:

@@ -160,3 +160,33 @@ def test_the_spread_is_the_mean_distance_from_the_center(monkeypatch):
     expected = (x - x.mean(0)).norm(dim=1).mean().item()
     assert head.center_spread[0].item() == pytest.approx(expected, rel=0.1)
     assert later.center_spread[0].item() == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("size", [32, 4000])
+def test_a_sample_of_rows_of_which_many_are_the_same(monkeypatch, size):
+    """Of 40 kinds of rows each is drawn as often as it occurs, not all of its rows or none."""
+    monkeypatch.setattr(moments, "SAMPLE", 400)
+    monkeypatch.setattr(moments, "FEWEST", 400)
+    kinds = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)).double()
+    which = torch.randint(0, 40, (4000,), generator=torch.Generator().manual_seed(1))
+    head = build({"image": 6})
+    batches = (({"image": kinds[i]}, i % K) for i in which.split(size))
+    rows = imprint._read_rows(head, batches, None, None)
+    _, sample = moments.collect(rows, head.in_features, K, None, head.seen)
+    occurs = (sample.features[:, None] == kinds).all(2).sum(0)
+    assert occurs.sum() == 400
+    assert occurs.min() >= 2
+    assert occurs.max() <= 25
+
+
+def test_a_row_at_the_mean_of_the_first_ones_is_one_row_still():
+    """As seen from there it has hardly a length; when the center moves it must not outweigh all others."""
+    features, labels, present = data(120)
+    x, later = features["image"], features["image"] + 2
+    close = x.mean(0) + 1e-7
+    plain, beside = build({"image": 6}), build({"image": 6})
+    kept = plain.imprint({"image": x}, labels, shrinkage=0.3)
+    plain.imprint({"image": later}, labels, shrinkage=0.3, moments=kept)
+    kept = beside.imprint({"image": torch.cat([x, close[None]])}, torch.cat([labels, labels[:1]]), shrinkage=0.3)
+    beside.imprint({"image": later}, labels, shrinkage=0.3, moments=kept)
+    assert F.cosine_similarity(plain.prototypes["image"], beside.prototypes["image"], dim=2).min() > 0.8
