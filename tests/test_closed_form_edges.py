@@ -181,7 +181,7 @@ def test_a_sample_of_rows_of_which_many_are_the_same(monkeypatch, size):
 
 def test_a_row_at_the_mean_of_the_first_ones_is_one_row_still():
     """As seen from there it has hardly a length; when the center moves it must not outweigh all others."""
-    features, labels, present = data(120)
+    features, labels, _ = data(120)
     x, later = features["image"], features["image"] + 2
     close = x.mean(0) + 1e-7
     plain, beside = build({"image": 6}), build({"image": 6})
