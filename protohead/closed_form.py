@@ -120,7 +120,9 @@ def choose(
     folds = _held_out(moments, sample, centers, within)
     known, labels = sample.present.any(1), sample.labels
     if not labels.is_floating_point():  # A class whose rows are all in one fold is not known without it.
-        known &= _cosines(folds, sample, 1.0).gather(1, labels[:, None])[:, 0] != 0
+        known = torch.zeros_like(known)
+        for which, _, solution in folds:
+            known[which] |= solution.means.any(1)[labels[which]]
     if len(known) < 2 or not known.any():
         return None
     labels, case = labels[known], case[known]
@@ -186,7 +188,7 @@ def _calibrate(
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        mean = log_scale.mean()
+        mean = log_scale[case].mean()  # Of the rows, so that a case without any has their scale.
         unusual = (log_scale - mean).square().sum() + (mean - usual) ** 2 + (bias - prior).square().sum()
         total = loss(log_scale.exp()[case, None] * cosine + bias) + unusual / (2 * len(cosine))
         total.backward()

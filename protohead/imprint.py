@@ -1,6 +1,6 @@
 """What `DecoupledPrototypeHead.imprint` does: read rows, find prototypes by closed_form.py, write them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -12,7 +12,7 @@ from protohead.center import WINDOW
 from protohead.closed_form import Choice, choose, prototypes
 from protohead.context import full_precision, widest
 from protohead.inputs import check_finite, check_labels, read_features
-from protohead.moments import CHUNK, NEAR, Moments, Rows, collect, means, origins_at, plus
+from protohead.moments import CHUNK, Moments, Rows, add, by_modality, collect, empty, means, origins_at, plus
 from protohead.objective import read_objective
 from protohead.prototypes import write_known
 
@@ -36,7 +36,7 @@ def imprint(
     _check_shrinkage(shrinkage)
     class_weight = read_objective({"class_weight": class_weight}, head.num_classes).class_weight
     if classes is not None and shrinkage is None:
-        shrinkage = next(iter(known.values()))["shrinkage"].item() if known else 1.0
+        shrinkage = _shrinkage(known)
     stays = classes is not None or shrinkage == 1  # All but the prototypes.
     with full_precision(head.seen.device):
         origins = known or (origins_at(head.in_features, _centers(head)) if stays or not head.centered else None)
@@ -45,17 +45,21 @@ def imprint(
         if sample is None:
             raise ValueError("Expected at least one row with a label and a modality, but got none.")
         counts = torch.stack([x["total"][-1] for x in sums.values()])
-        sums = plus(sums, known) if known else sums
         within = head.centered and not sample.labels.is_floating_point()
+        if known:
+            _check_one_label(known, sample)
+            sums = plus(sums, known)
         centers = _means(head, sums)
-        choice = None if stays else _choose(head, sums, sample, centers, within, shrinkage, class_weight)
+        choice, source = None if stays else _choose(head, sums, sample, centers, within, shrinkage, class_weight), sums
         if choice is None:
-            choice, centers = Choice(1.0 if shrinkage is None else float(shrinkage)), _centers(head)
-        found = prototypes(sums, centers, within, choice.shrinkage)
+            alone, centers = not (stays or known), _centers(head)  # Whether each row is the only one of its class.
+            choice = Choice(_shrinkage(known) if shrinkage is None or alone else float(shrinkage))
+            source = _seen_from(sums, sample, centers) if alone else sums
+        found = prototypes(source, centers, within, choice.shrinkage)
     some = write_known(head.prototypes, found, written)
     head.seen += torch.where(some, counts, 0) * head._masks
     if choice.scale is not None:
-        _write_rest(head, sums, centers, choice)
+        _write_rest(head, sums, sample, centers, choice)
     elif head.centered and classes is not None and not written.all():  # A bias that is like the others.
         head.bias.copy_(torch.where(written, head.bias[~written].mean(), head.bias))
     for x in sums.values():
@@ -72,16 +76,33 @@ def _choose(
     shrinkage: float | None,
     class_weight: Tensor | None,
 ) -> Choice | None:
-    case, block = block_index(sample.present, head._masks > 0)
+    said = torch.stack([x.any() for x in prototypes(moments, centers, within, 1)])
+    masks = head._masks > 0
+    case, block = block_index(sample.present, masks, (head.seen > 0) | (masks & said))
     sample = sample._replace(present=block >= 0)  # What has no prototypes in a row's case says nothing.
     with torch.inference_mode(False), torch.no_grad():
+        class_weight = None if class_weight is None else class_weight.clone()  # It may be of inference mode.
         return choose(moments, sample, centers, within, case, len(head.cases), shrinkage, class_weight, head.centered)
+
+
+def _shrinkage(known: Moments) -> float:
+    """What was chosen for earlier rows; class means if there are none."""
+    return next(iter(known.values()))["shrinkage"].item() if known else 1.0
 
 
 def _centers(head: Any) -> list[Tensor]:
     """(D_m,) of each modality; zeros of a head without."""
     center = head.center if head.centered else head.seen.new_zeros(sum(head.in_features.values()))
     return list(center.split_with_sizes([*head.in_features.values()]))
+
+
+def _seen_from(sums: Moments, sample: Rows, centers: list[Tensor]) -> Moments:
+    """Sums with the centers as origins, if the sample is all rows: one at the mean of all says nothing from there."""
+    if any(x["total"][-1] != count for x, count in zip(sums.values(), sample.present.sum(0), strict=True)):
+        return sums
+    new = empty(origins_at(sums, centers), len(next(iter(sums.values()))["rows"]))
+    add(new, sample)
+    return new
 
 
 def _means(head: Any, moments: Moments) -> list[Tensor]:
@@ -92,16 +113,18 @@ def _means(head: Any, moments: Moments) -> list[Tensor]:
     return [torch.where(sums["total"][-1] > 0, mean, center) for sums, mean, center in each]
 
 
-def _write_rest(head: Any, moments: Moments, centers: list[Tensor], choice: Choice) -> None:
+def _write_rest(head: Any, moments: Moments, sample: Rows, centers: list[Tensor], choice: Choice) -> None:
     head.scale.copy_(choice.scale)
     if not head.centered:
         return
     head.bias.copy_(choice.bias)
     head.center.copy_(torch.cat(centers))
     rows = torch.stack([sums["total"][-1] for sums in moments.values()])
-    spread = torch.stack([sums["near"] for sums in moments.values()]) / NEAR
+    each = zip(by_modality(sample, map(len, centers)), centers, strict=True)
+    distances = [torch.linalg.vector_norm(x.to(center) - center, dim=1) for (x, _), center in each]
+    spread = torch.stack([distance.sum() / max(1, len(distance)) for distance in distances])
     head.center_rows.copy_(torch.where(rows > 0, rows.clamp(max=WINDOW), head.center_rows))
-    head.center_spread.copy_(torch.where(rows > 0, spread, head.center_spread))
+    head.center_spread.copy_(torch.where(spread > 0, spread, head.center_spread))
 
 
 def _read_rows(head: Any, features: Any, labels: Tensor | None, present: Any) -> Iterator[Rows]:
@@ -134,8 +157,8 @@ def _read_batch(head: Any, features: Any, labels: Tensor, present: Any, where: s
             return
         here = mask[index]
         parts = [torch.where(has[:, None], x[index], 0).to(dtype) for x, has in zip(rows, here.T, strict=True)]
-        key = _keys([*parts, labels[index].view(len(index), *labels.shape[1:] or (1,))])
-        yield Rows(torch.cat(parts, 1), labels[index], here, key)
+        key = _keys([*parts, here, labels[index].view(len(index), *labels.shape[1:] or (1,))])
+        yield Rows(torch.cat(parts, 1), labels[index], here, key, key)
 
 
 def _keys(parts: Sequence[Tensor]) -> Tensor:
@@ -152,7 +175,10 @@ def _keys(parts: Sequence[Tensor]) -> Tensor:
 def _read_classes(classes: Sequence[int] | None, head: Any) -> Tensor:
     """(K,) bool, which classes are written."""
     written = torch.full((head.num_classes,), classes is None, device=head.seen.device)
-    for k in classes if classes is not None else ():
+    named = classes.tolist() if isinstance(classes, Tensor) else () if classes is None else classes
+    if not isinstance(named, Iterable):
+        raise TypeError(f"Expected argument `classes` to be a list of numbers, or None, but got {classes!r}.")
+    for k in named:
         if not isinstance(k, Integral) or isinstance(k, bool) or not 0 <= k < head.num_classes:
             raise ValueError(f"Expected argument `classes` to hold numbers in [0, {head.num_classes}), but got {k!r}.")
         written[k] = True
@@ -166,6 +192,12 @@ def _check_shrinkage(shrinkage: Any) -> None:
         return
     if not isinstance(shrinkage, Real) or isinstance(shrinkage, bool) or not 0 <= float(shrinkage) <= 1:
         raise ValueError(f"Expected argument `shrinkage` to be a number in [0, 1], or None, but got {shrinkage!r}.")
+
+
+def _check_one_label(known: Moments, sample: Rows) -> None:
+    """Where these rows have one label, earlier ones must have had: else a row is in several classes."""
+    if not sample.labels.is_floating_point() and any(x["rows"].sum() != x["total"][-1] for x in known.values()):
+        raise ValueError("Expected labels of one kind, but those of `moments` are floating-point, and these int64.")
 
 
 def _read_moments(moments: Any, head: Any) -> Moments:

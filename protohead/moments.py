@@ -13,7 +13,6 @@ from protohead.sharding import from_all_ranks, sum_over_ranks
 
 __all__ = [
     "CHUNK",
-    "NEAR",
     "Moments",
     "Rows",
     "add",
@@ -36,6 +35,7 @@ SAMPLE = 10_000  # Rows;
 LOGITS = 4_000_000  # fewer where so many logits come of fewer,
 FEWEST = 2_000  # but not fewer than these.
 CHUNK = 2**13  # Rows at a time.
+COUNTERS = 2**20  # Of rows that are the same: several may share one.
 NEAR = 0.01  # Of the usual distance from the origin.
 
 
@@ -46,6 +46,7 @@ class Rows(NamedTuple):
     labels: Tensor  # (N,) int64 in [0, K), or (N, K) in [0, 1]
     present: Tensor  # (N, M) bool
     key: Tensor  # (N,) int64, as good as random, but made of the row's values alone
+    draw: Tensor  # (N,) int64, by which rows come into the sample: the key, of a second row that is the same another
 
     def take(self, index: Tensor | slice) -> "Rows":
         """Some of the rows."""
@@ -81,12 +82,14 @@ def collect(
         first.append(rows)
     moments = empty(start or _first_origins(first, widths, like), num_classes)
     size, kept, limit = max(FEWEST, min(SAMPLE, LOGITS // num_classes)), list[Rows](), 2**63 - 1
+    counts = torch.zeros(COUNTERS, dtype=torch.int64, device=like.device)
     for rows in chain(first, batches):
         add(moments, rows)
-        kept.append(rows.take(rows.key <= limit))
+        rows = rows._replace(draw=_draws(rows.key, counts))
+        kept.append(rows.take(rows.draw <= limit))
         if sum(len(part.key) for part in kept) > 2 * size:
             kept = [_smallest(kept, size)]
-            limit = int(kept[0].key[-1])
+            limit = int(kept[0].draw[-1])
     for sums in moments.values():
         for name in SUMS:
             sum_over_ranks(sums[name])
@@ -95,9 +98,20 @@ def collect(
 
 
 def _smallest(parts: Sequence[Rows], size: int) -> Rows:
-    """The rows with the smallest keys: the same in any order, and however they are divided among the ranks."""
+    """The rows with the smallest draws: the same in any order, and however they are divided among the ranks."""
     rows = Rows(*map(torch.cat, zip(*parts, strict=True)))
-    return rows.take(rows.key.argsort()[:size])
+    return rows.take(rows.draw.argsort()[:size])
+
+
+def _draws(key: Tensor, counts: Tensor) -> Tensor:
+    """Keys, but others for rows that have been there before: else all rows that are the same are drawn, or none."""
+    order = key.argsort(stable=True)
+    ordered, before = key[order], counts[key % COUNTERS]
+    before[order] += torch.arange(len(key), device=key.device) - torch.searchsorted(ordered, ordered)
+    counts.index_add_(0, key % COUNTERS, torch.ones_like(key))
+    other = (key ^ (key >> 29)) * 0x5851F42D4C957F2D + before * 0x14057B7EF767814F
+    other = (other ^ (other >> 31)) * 0x9E3779B97F4A7C1
+    return torch.where(before > 0, other ^ (other >> 32), key)
 
 
 def _first_origins(batches: Sequence[Rows], widths: Mapping[str, int], like: Tensor) -> Moments:
@@ -118,8 +132,8 @@ def _first_origins(batches: Sequence[Rows], widths: Mapping[str, int], like: Ten
 
 
 def origins_at(names: Iterable[str], centers: Iterable[Tensor]) -> Moments:
-    """Origins that are centers: nothing is too near to one that stays."""
-    return {name: {"origin": x, "near": x.new_zeros(())} for name, x in zip(names, centers, strict=True)}
+    """Origins that are centers: nothing is too near to one that stays. They are copies, since a center may move."""
+    return {name: {"origin": x.clone(), "near": x.new_zeros(())} for name, x in zip(names, centers, strict=True)}
 
 
 def empty(moments: Moments, num_classes: int) -> Moments:
@@ -145,7 +159,9 @@ def add(moments: Moments, rows: Rows) -> None:
         # Nothing but rounding lies between these rows and the origin.
         noise = NOISE * torch.finfo(x.dtype).eps * torch.linalg.vector_norm(origin, math.inf)
         u = torch.where(distance > noise, u, 0)
-        rounded = u.to(x.dtype)  # The product is twice as fast in float32.
+        low, high = u[:, -1:].aminmax() if len(x) else (0, 0)
+        ordinary = float(low) > 1e-15 and float(high) < 1e15
+        rounded = u.to(x.dtype) if ordinary else u  # The product is twice as fast in float32, if that has the squares.
         sums["second"] += rounded.T @ rounded
         if labels.is_floating_point():
             sums["by_class"] += labels.to(u).T @ u

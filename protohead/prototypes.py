@@ -64,14 +64,13 @@ def write_known(prototypes: Prototypes, new: Sequence[Tensor], classes: Tensor) 
     Warns:
         UserWarning: For classes among these that are not known.
     """
-    some = []
-    for (name, prototype), one in zip(prototypes.items(), new, strict=True):
-        known = (one != 0).any(1) & classes
-        prototype.copy_(torch.where(known[:, None], one, prototype))
-        some.append(known.any())
+    every = [(one != 0).any(1) & classes for one in new]
+    for name, known in zip(prototypes, every, strict=True):  # First of all, since a warning may be made an error.
         if lacking := (classes & ~known).nonzero()[:, 0].tolist():
             warnings.warn(f"No row of classes {lacking} has {name!r}: these prototypes are unchanged.", stacklevel=5)
-    return torch.stack(some)
+    for prototype, one, known in zip(prototypes.values(), new, every, strict=True):
+        prototype.copy_(torch.where(known[:, None], one, prototype))
+    return torch.stack([known.any() for known in every])
 
 
 def refuse_derived(head: nn.Module, method: str, allow_shards: bool = False) -> None:

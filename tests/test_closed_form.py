@@ -85,7 +85,7 @@ def test_prototypes_are_those_of_the_formula(kind, shrinkage):
 def held_out(head, features, labels, present, shrinkage):
     """Logits without scale and bias: each row by prototypes of the rows that are not in its fold."""
     parts = [torch.where(here[:, None], x, 0) for x, here in zip(features.values(), present.T, strict=True)]
-    order = imprint._keys([*parts, labels.reshape(len(labels), -1)]).argsort()
+    order = imprint._keys([*parts, present, labels.reshape(len(labels), -1)]).argsort()
     if not labels.is_floating_point():
         order = order[labels[order].argsort(stable=True)]
     total = torch.zeros(len(labels), head.num_classes, dtype=torch.float64)
@@ -481,6 +481,14 @@ FEATURES, LABELS, PRESENT = data()
             r"`classes` to hold numbers in \[0, 3\), but got 3",
         ),
         ((FEATURES, LABELS, PRESENT), {"classes": []}, ValueError, "at least one class"),
+        (
+            (FEATURES, LABELS, PRESENT),
+            {"classes": 2},
+            TypeError,
+            "`classes` to be a list of numbers",
+        ),
+        ((FEATURES, LABELS, PRESENT), {"classes": torch.tensor([4])}, ValueError, "but got 4"),
+        ((FEATURES, LABELS, PRESENT), {"classes": torch.tensor(1)}, TypeError, "`classes` to be a list of numbers"),
         ((FEATURES, LABELS, PRESENT), {"class_weight": torch.ones(4)}, ValueError, "class_weight"),
         ((FEATURES, LABELS, PRESENT), {"moments": {"image": 3}}, TypeError, "`moments` to be what `imprint` returns"),
         ((FEATURES,), {}, TypeError, "Expected argument `labels`; or, as the first, batches"),

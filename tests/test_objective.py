@@ -406,7 +406,7 @@ def test_imprint_takes_the_means_of_centered_features():
     head, features, labels = build(), batch(), torch.arange(7) % 4
     everything = torch.ones_like(PRESENT)
     head.loss(features, everything, labels)
-    head.imprint(features, labels, everything)
+    head.imprint(features, labels, everything, shrinkage=1)
     for name, center in zip(WIDTHS, head.center.split(list(WIDTHS.values())), strict=True):
         for k in range(4):
             mean = F.normalize(F.normalize(features[name][labels == k] - center).mean(0), dim=0)
