@@ -28,7 +28,7 @@ HEADS = {
     OURS: 'the head with its defaults, `cases="shared"` (first spelled `cases="image+text"`) and `scale=20`',
     f"{OURS}, decoupled": 'the same with prototypes for each missing case, `cases="all"` (first the default)',
     "paper": 'the paper\'s head, `cases="all", scale=32, centered=False`',
-    "closed form": 'the head with its defaults, by `imprint` alone, without training',
+    "closed form": "the head with its defaults, by `imprint` alone, without training",
     "cosine head": 'the paper\'s head with `cases="shared"`, without the prototype loss',
 }
 # Okabe and Ito's colours, which the colour-blind tell apart.

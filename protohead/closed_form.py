@@ -7,7 +7,7 @@ and for a head without a center, the second moment of all rows. These are the sh
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -29,8 +29,8 @@ class Choice(NamedTuple):
     """What gives the least loss."""
 
     shrinkage: float
-    scale: Tensor | None = None  # (C,), and
-    bias: Tensor | None = None  # (K,); None where no row can be held out
+    scale: Tensor  # (C,)
+    bias: Tensor  # (K,)
 
 
 class _Solution(NamedTuple):
@@ -142,7 +142,7 @@ def choose(
 
 
 def _held_out(moments: Moments, sample: Rows, centers: list[Tensor], within: bool) -> list[_Fold]:
-    order = sample.key.argsort()
+    order = _keys(sample, map(len, centers)).argsort(stable=True)
     if not sample.labels.is_floating_point():  # Each class is divided among the folds.
         order = order[sample.labels[order].argsort(stable=True)]
     folds = []
@@ -158,6 +158,21 @@ def _held_out(moments: Moments, sample: Rows, centers: list[Tensor], within: boo
             small = solution._replace(vectors=center.new_empty(0))  # They are large, and not needed any more.
             folds.append(_Fold(index[which], unit @ solution.vectors, small))
     return folds
+
+
+def _keys(rows: Rows, widths: Iterable[int]) -> Tensor:
+    """(N,) int64 that look random, but are the same for the same row: from its bits, by sums that wrap around.
+
+    By them the folds do not depend on the order of the rows.
+    """
+    count = len(rows.labels)
+    keys = torch.zeros(count, dtype=torch.int64, device=rows.labels.device)
+    for x in (*rows.features.split_with_sizes(list(widths), 1), rows.labels.reshape(count, rows.labels[0].numel())):
+        bits = x.float().contiguous().view(torch.int32).long()
+        weights = torch.arange(1, bits.shape[1] + 1, device=bits.device) * 0x9E3779B97F4A7C1 | 1
+        keys = (keys ^ (keys >> 31)) * 0x5851F42D4C957F2D + (bits * weights).sum(1)
+    keys = (keys ^ (keys >> 29)) * 0x14057B7EF767814F
+    return keys ^ (keys >> 32)
 
 
 def _cosines(folds: list[_Fold], sample: Rows, shrinkage: float) -> Tensor:

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from protohead.cases import block_index
 from protohead.center import WINDOW
-from protohead.closed_form import Choice, choose, prototypes
+from protohead.closed_form import choose, prototypes
 from protohead.context import full_precision, widest
 from protohead.inputs import check_finite, check_labels, read_features
 from protohead.moments import CHUNK, Moments, Rows, add, by_modality, collect, empty, means, origins_at, plus
@@ -19,6 +19,16 @@ from protohead.prototypes import write_known
 __all__ = ["imprint"]
 
 IGNORED = -100  # The label of rows that do not count.
+
+
+class Fit(NamedTuple):
+    """What is written to a head; None is not."""
+
+    prototypes: list[Tensor]  # M of (K, D_m)
+    shrinkage: float
+    centers: list[Tensor] | None = None  # M of (D_m,)
+    scale: Tensor | None = None  # (C,)
+    bias: Tensor | None = None  # (K,)
 
 
 def imprint(
@@ -37,52 +47,60 @@ def imprint(
     class_weight = read_objective({"class_weight": class_weight}, head.num_classes).class_weight
     if classes is not None and shrinkage is None:
         shrinkage = _shrinkage(known)
-    stays = classes is not None or shrinkage == 1  # All but the prototypes.
+    only_prototypes = classes is not None or shrinkage == 1
     with full_precision(head.seen.device):
-        origins = known or (origins_at(head.in_features, _centers(head)) if stays or not head.centered else None)
+        fixed = only_prototypes or not head.centered
+        origins = known or (origins_at(head.in_features, _centers(head)) if fixed else None)
         rows = _read_rows(head, features, labels, present)
-        sums, sample = collect(rows, head.in_features, head.num_classes, origins, head.seen)
+        new, sample = collect(rows, head.in_features, head.num_classes, origins, head.seen)
         if sample is None:
             raise ValueError("Expected at least one row with a label and a modality, but got none.")
-        counts = torch.stack([x["total"][-1] for x in sums.values()])
-        within = head.centered and not sample.labels.is_floating_point()
-        if known:
-            _check_one_label(known, sample)
-            sums = plus(sums, known)
-        centers = _means(head, sums)
-        choice, source = None if stays else _choose(head, sums, sample, centers, within, shrinkage, class_weight), sums
-        if choice is None:
-            alone, centers = not (stays or known), _centers(head)  # Whether each row is the only one of its class.
-            choice = Choice(_shrinkage(known) if shrinkage is None or alone else float(shrinkage))
-            source = _seen_from(sums, sample, centers) if alone else sums
-        found = prototypes(source, centers, within, choice.shrinkage)
-    some = write_known(head.prototypes, found, written)
+        _check_one_label(known, sample)
+        sums = plus(new, known) if known else new
+        fit = None if only_prototypes else _fit(head, sums, sample, shrinkage, class_weight)
+        if fit is None:
+            alone = not (only_prototypes or known)  # Each row is the only one of its class.
+            fit = _fit_prototypes(head, sums, sample, 1.0 if alone else shrinkage or _shrinkage(known), alone)
+    some = write_known(head.prototypes, fit.prototypes, written)
+    counts = torch.stack([x["total"][-1] for x in new.values()])
     head.seen += torch.where(some, counts, 0) * head._masks
-    if choice.scale is not None:
-        _write_rest(head, sums, sample, centers, choice)
+    if fit.scale is not None and fit.centers is not None:
+        head.scale.copy_(fit.scale)
+        _write_center(head, sums, sample, fit.centers, fit.bias)
     elif head.centered and classes is not None and not written.all():  # A bias that is like the others.
         head.bias.copy_(torch.where(written, head.bias[~written].mean(), head.bias))
     for x in sums.values():
-        x["shrinkage"] = counts.new_tensor(choice.shrinkage)
+        x["shrinkage"] = counts.new_tensor(fit.shrinkage)
     return sums
 
 
-def _choose(
-    head: Any,
-    moments: Moments,
-    sample: Rows,
-    centers: list[Tensor],
-    within: bool,
-    shrinkage: float | None,
-    class_weight: Tensor | None,
-) -> Choice | None:
-    said = torch.stack([x.any() for x in prototypes(moments, centers, within, 1)])
-    masks = head._masks > 0
-    case, block = block_index(sample.present, masks, (head.seen > 0) | (masks & said))
+def _fit(head: Any, sums: Moments, sample: Rows, shrinkage: float | None, class_weight: Tensor | None) -> Fit | None:
+    """The whole head; None where no row can be held out."""
+    centers, within, masks = _means(head, sums), _is_within(head, sample), head._masks > 0
+    known = torch.stack([x.any() for x in prototypes(sums, centers, within, 1)])
+    case, block = block_index(sample.present, masks, (head.seen > 0) | (masks & known))
     sample = sample._replace(present=block >= 0)  # What has no prototypes in a row's case says nothing.
     with torch.inference_mode(False), torch.no_grad():
-        class_weight = None if class_weight is None else class_weight.clone()  # It may be of inference mode.
-        return choose(moments, sample, centers, within, case, len(head.cases), shrinkage, class_weight, head.centered)
+        weight = None if class_weight is None else class_weight.clone()  # It may be of inference mode.
+        choice = choose(sums, sample, centers, within, case, len(head.cases), shrinkage, weight, head.centered)
+    if choice is None:
+        return None
+    return Fit(
+        prototypes(sums, centers, within, choice.shrinkage), choice.shrinkage, centers, choice.scale, choice.bias
+    )
+
+
+def _fit_prototypes(head: Any, sums: Moments, sample: Rows, shrinkage: float, alone: bool) -> Fit:
+    """Prototypes for the center that the head has."""
+    centers, rows = _centers(head), torch.stack([x["total"][-1] for x in sums.values()])
+    if alone and torch.equal(rows, sample.present.sum(0).to(rows)):  # A row at the mean of all says nothing from there.
+        sums = empty(origins_at(sums, centers), head.num_classes)
+        add(sums, sample)
+    return Fit(prototypes(sums, centers, _is_within(head, sample), shrinkage), float(shrinkage))
+
+
+def _is_within(head: Any, sample: Rows) -> bool:
+    return head.centered and not sample.labels.is_floating_point()
 
 
 def _shrinkage(known: Moments) -> float:
@@ -96,30 +114,20 @@ def _centers(head: Any) -> list[Tensor]:
     return list(center.split_with_sizes([*head.in_features.values()]))
 
 
-def _seen_from(sums: Moments, sample: Rows, centers: list[Tensor]) -> Moments:
-    """Sums with the centers as origins, if the sample is all rows: one at the mean of all says nothing from there."""
-    if any(x["total"][-1] != count for x, count in zip(sums.values(), sample.present.sum(0), strict=True)):
-        return sums
-    new = empty(origins_at(sums, centers), len(next(iter(sums.values()))["rows"]))
-    add(new, sample)
-    return new
-
-
-def _means(head: Any, moments: Moments) -> list[Tensor]:
+def _means(head: Any, sums: Moments) -> list[Tensor]:
     """What the centers are to be: the means of the rows; where there is no row, what they are."""
     if not head.centered:
         return _centers(head)
-    each = zip(moments.values(), means(moments), _centers(head), strict=True)
-    return [torch.where(sums["total"][-1] > 0, mean, center) for sums, mean, center in each]
+    each = zip(sums.values(), means(sums), _centers(head), strict=True)
+    return [torch.where(x["total"][-1] > 0, mean, center) for x, mean, center in each]
 
 
-def _write_rest(head: Any, moments: Moments, sample: Rows, centers: list[Tensor], choice: Choice) -> None:
-    head.scale.copy_(choice.scale)
+def _write_center(head: Any, sums: Moments, sample: Rows, centers: list[Tensor], bias: Tensor | None) -> None:
     if not head.centered:
         return
-    head.bias.copy_(choice.bias)
+    head.bias.copy_(bias)
     head.center.copy_(torch.cat(centers))
-    rows = torch.stack([sums["total"][-1] for sums in moments.values()])
+    rows = torch.stack([x["total"][-1] for x in sums.values()])
     each = zip(by_modality(sample, map(len, centers)), centers, strict=True)
     distances = [torch.linalg.vector_norm(x.to(center) - center, dim=1) for (x, _), center in each]
     spread = torch.stack([distance.sum() / max(1, len(distance)) for distance in distances])
@@ -157,19 +165,7 @@ def _read_batch(head: Any, features: Any, labels: Tensor, present: Any, where: s
             return
         here = mask[index]
         parts = [torch.where(has[:, None], x[index], 0).to(dtype) for x, has in zip(rows, here.T, strict=True)]
-        key = _keys([*parts, here, labels[index].view(len(index), *labels.shape[1:] or (1,))])
-        yield Rows(torch.cat(parts, 1), labels[index], here, key, key)
-
-
-def _keys(parts: Sequence[Tensor]) -> Tensor:
-    """(N,) int64 that look random but are the same for the same row: from its bits, by sums that wrap around."""
-    keys = torch.zeros(len(parts[0]), dtype=torch.int64, device=parts[0].device)
-    for x in parts:
-        bits = x.float().contiguous().view(torch.int32).long()
-        weights = torch.arange(1, bits.shape[1] + 1, device=bits.device) * 0x9E3779B97F4A7C1 | 1
-        keys = (keys ^ (keys >> 31)) * 0x5851F42D4C957F2D + (bits * weights).sum(1)
-    keys = (keys ^ (keys >> 29)) * 0x14057B7EF767814F
-    return keys ^ (keys >> 32)
+        yield Rows(torch.cat(parts, 1), labels[index], here)
 
 
 def _read_classes(classes: Sequence[int] | None, head: Any) -> Tensor:
@@ -196,7 +192,11 @@ def _check_shrinkage(shrinkage: Any) -> None:
 
 def _check_one_label(known: Moments, sample: Rows) -> None:
     """Where these rows have one label, earlier ones must have had: else a row is in several classes."""
-    if not sample.labels.is_floating_point() and any(x["rows"].sum() != x["total"][-1] for x in known.values()):
+    if (
+        known
+        and not sample.labels.is_floating_point()
+        and any(x["rows"].sum() != x["total"][-1] for x in known.values())
+    ):
         raise ValueError("Expected labels of one kind, but those of `moments` are floating-point, and these int64.")
 
 

@@ -35,7 +35,6 @@ SAMPLE = 10_000  # Rows;
 LOGITS = 4_000_000  # fewer where so many logits come of fewer,
 FEWEST = 2_000  # but not fewer than these.
 CHUNK = 2**13  # Rows at a time.
-COUNTERS = 2**20  # Of rows that are the same: several may share one.
 NEAR = 0.01  # Of the usual distance from the origin.
 
 
@@ -45,8 +44,6 @@ class Rows(NamedTuple):
     features: Tensor  # (N, ΣD_m), float32 or wider
     labels: Tensor  # (N,) int64 in [0, K), or (N, K) in [0, 1]
     present: Tensor  # (N, M) bool
-    key: Tensor  # (N,) int64, as good as random, but made of the row's values alone
-    draw: Tensor  # (N,) int64, by which rows come into the sample: the key, of a second row that is the same another
 
     def take(self, index: Tensor | slice) -> "Rows":
         """Some of the rows."""
@@ -76,42 +73,33 @@ def collect(
         like: Of the device and dtype of the sums.
     """
     batches, first = iter(batches), list[Rows]()
-    while start is None and sum(len(rows.key) for rows in first) < SAMPLE:
+    while start is None and sum(len(rows.labels) for rows in first) < SAMPLE:
         if (rows := next(batches, None)) is None:
             break
         first.append(rows)
     moments = empty(start or _first_origins(first, widths, like), num_classes)
-    size, kept, limit = max(FEWEST, min(SAMPLE, LOGITS // num_classes)), list[Rows](), 2**63 - 1
-    counts = torch.zeros(COUNTERS, dtype=torch.int64, device=like.device)
+    size, limit, kept = max(FEWEST, min(SAMPLE, LOGITS // num_classes)), 1.0, list[Sequence[Tensor]]()
+    generator = torch.Generator().manual_seed(0)
     for rows in chain(first, batches):
         add(moments, rows)
-        rows = rows._replace(draw=_draws(rows.key, counts))
-        kept.append(rows.take(rows.draw <= limit))
-        if sum(len(part.key) for part in kept) > 2 * size:
+        draw = torch.rand(len(rows.labels), dtype=torch.float64, generator=generator).to(rows.labels.device)
+        chosen = draw <= limit
+        kept.append([draw[chosen], *rows.take(chosen)])
+        if sum(len(part[0]) for part in kept) > 2 * size:
             kept = [_smallest(kept, size)]
-            limit = int(kept[0].draw[-1])
+            limit = float(kept[0][0][-1])
     for sums in moments.values():
         for name in SUMS:
             sum_over_ranks(sums[name])
-    kept = [Rows(*part) for part in from_all_ranks(_smallest(kept, size) if kept else ()) if part]
-    return moments, _smallest(kept, size) if kept else None
+    kept = [part for part in from_all_ranks(_smallest(kept, size) if kept else ()) if part]
+    return moments, Rows(*_smallest(kept, size)[1:]) if kept else None
 
 
-def _smallest(parts: Sequence[Rows], size: int) -> Rows:
-    """The rows with the smallest draws: the same in any order, and however they are divided among the ranks."""
-    rows = Rows(*map(torch.cat, zip(*parts, strict=True)))
-    return rows.take(rows.draw.argsort()[:size])
-
-
-def _draws(key: Tensor, counts: Tensor) -> Tensor:
-    """Keys, but others for rows that have been there before: else all rows that are the same are drawn, or none."""
-    order = key.argsort(stable=True)
-    ordered, before = key[order], counts[key % COUNTERS]
-    before[order] += torch.arange(len(key), device=key.device) - torch.searchsorted(ordered, ordered)
-    counts.index_add_(0, key % COUNTERS, torch.ones_like(key))
-    other = (key ^ (key >> 29)) * 0x5851F42D4C957F2D + before * 0x14057B7EF767814F
-    other = (other ^ (other >> 31)) * 0x9E3779B97F4A7C1
-    return torch.where(before > 0, other ^ (other >> 32), key)
+def _smallest(parts: Sequence[Sequence[Tensor]], size: int) -> list[Tensor]:
+    """Of draws and the rows that they are of, those with the smallest draws: a random sample."""
+    together = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
+    order = together[0].argsort(stable=True)[:size]
+    return [x[order] for x in together]
 
 
 def _first_origins(batches: Sequence[Rows], widths: Mapping[str, int], like: Tensor) -> Moments:
@@ -119,7 +107,7 @@ def _first_origins(batches: Sequence[Rows], widths: Mapping[str, int], like: Ten
     sums, left = [like.new_zeros(width + 2) for width in widths.values()], SAMPLE
     for rows in batches:
         some = rows.take(slice(left))  # So that it does not matter how large the batches are.
-        left -= len(some.key)
+        left -= len(some.labels)
         for total, (x, _) in zip(sums, by_modality(some, widths.values()), strict=True):
             x = x.to(like)
             total += torch.cat([x.sum(0), x.square().sum()[None], x.new_tensor([len(x)])])

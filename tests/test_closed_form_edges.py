@@ -138,14 +138,6 @@ def test_a_warning_that_is_made_an_error_changes_nothing():
     torch.testing.assert_close(dict(head.state_dict()), before, rtol=0, atol=0)
 
 
-def test_zeros_that_are_there_are_other_rows_than_what_is_missing():
-    """Else their order decides which of them is held out with which."""
-    labels, present = torch.zeros(2, dtype=torch.int64), torch.tensor([[True, True], [True, False]])
-    x = {"image": torch.ones(2, 6), "text": torch.zeros(2, 4)}
-    (rows,) = imprint._read_rows(build(), x, labels, present)
-    assert rows.key[0] != rows.key[1]
-
-
 def test_the_spread_is_the_mean_distance_from_the_center(monkeypatch):
     """Also where the first rows are of one class, or the sums began at a center that stays."""
     monkeypatch.setattr(moments, "SAMPLE", 50)
