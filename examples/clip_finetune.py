@@ -12,10 +12,10 @@ validate and 15 % test. Folders of MM-IMDb, UPMC Food-101 and Hateful Memes are 
     python examples/clip_finetune.py --data FOLDER --dataset mmimdb --missing-rate 0.7 --preset DPL_DCP --output run
 
 By default CLIP is frozen: its features are computed once, and only the head is trained on them. With --trainable, what
-that names is trained too, and with --prompts missing-aware prompts are (see docs/prompts.md): each step then runs CLIP,
-and takes some hundred times as long. --head linear is a linear layer, to compare with. The epoch is chosen by
-validation, and so is the threshold of several labels; the scores by missing case are those of the test rows. The model
-is in clip_model.py, its training in clip_training.py.
+that names is trained too, and with --prompts missing-aware prompts are: each step then runs CLIP, forward and back (see
+docs/prompts.md). --head linear is a linear layer, to compare with. The epoch is chosen by validation, and so is the
+threshold of several labels; the scores by missing case are those of the test rows. The model is in clip_model.py, its
+training in clip_training.py.
 """
 
 import argparse
