@@ -71,8 +71,12 @@ class DcpPrompts(nn.Module):
 
         Args:
             modality: ``"image"`` or ``"text"``.
-            case: What the rows have; with `modality`.
+            case: What the rows have: ``"image+text"``, or the modality alone.
+
+        Raises:
+            ValueError: If it is another.
         """
+        alone = _is_alone(modality, case)
         if self.length == 0:
             return []
         prompts = {
@@ -86,7 +90,7 @@ class DcpPrompts(nn.Module):
             prompts = {name: self.stages[name][j](both) for name in names}  # type: ignore[index]
             staged.append(prompts[modality])
         # A tower sees two of the three cases: a third dynamic prompt would never be trained.
-        query = self.dynamic[modality][int(case != COMPLETE)]
+        query = self.dynamic[modality][alone]
         common = self.common_projection[modality](self.common[(COMPLETE, *MODALITIES).index(case)])
         first = partial(self._insert, modality=modality, prompts=torch.cat([staged[0], common]), query=query)
         return [first, *(partial(_replace, prompts=x) for x in staged[1:])]
@@ -127,9 +131,13 @@ class MapPrompts(nn.Module):
 
         Args:
             modality: ``"image"`` or ``"text"``.
-            case: What the rows have; with `modality`.
+            case: What the rows have: ``"image+text"``, or the modality alone.
+
+        Raises:
+            ValueError: If it is another.
         """
-        return [partial(put_in_front, prompts=x) for x in self.prompts[modality][int(case != COMPLETE)]]
+        alone = _is_alone(modality, case)
+        return [partial(put_in_front, prompts=x) for x in self.prompts[modality][alone]]
 
 
 def put_in_front(tokens: Tensor, prompts: Tensor) -> Tensor:
@@ -139,6 +147,15 @@ def put_in_front(tokens: Tensor, prompts: Tensor) -> Tensor:
 
 def _replace(tokens: Tensor, prompts: Tensor) -> Tensor:
     return put_in_front(tokens[:, len(prompts) :], prompts)
+
+
+def _is_alone(modality: str, case: str) -> int:
+    """0 for complete rows, 1 for those that have this modality alone: no others reach its tower."""
+    if modality not in MODALITIES or case not in (COMPLETE, modality):
+        raise ValueError(
+            f"Expected a tower of {MODALITIES}, and {COMPLETE!r} or it alone, but got {modality!r}, {case!r}."
+        )
+    return int(case == modality)
 
 
 def _normal(*shape: int) -> nn.Parameter:

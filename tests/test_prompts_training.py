@@ -1,5 +1,7 @@
 """Prompts in training: sub-cases that are encoded as such, cases that training never had, files, and which rows run."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -230,6 +232,24 @@ def test_a_case_that_training_never_had_uses_the_complete_ones_prompts(kind):
 
 
 @BOTH
+def test_complete_rows_that_training_never_had_use_the_prompts_of_the_modality_alone(kind):
+    """Those of complete rows are as they were drawn."""
+    model, inputs = prompted(kind), batch()
+    complete = torch.ones(6, 2, dtype=torch.bool)
+    only_image = torch.tensor([[True, False]] * 6)
+    model(inputs, only_image)
+    model.eval()
+    as_alone, own = model.encode(inputs, only_image)["image"], model.encode(inputs, complete)["text"]
+    got = model.encode(inputs, complete)
+    torch.testing.assert_close(got["image"], as_alone)
+    torch.testing.assert_close(got["text"], own)  # Of texts nothing is seen.
+    mixed = model.encode(inputs, PRESENT)["image"]
+    torch.testing.assert_close(mixed[PRESENT[:, 0]], as_alone[PRESENT[:, 0]], rtol=1e-5, atol=1e-5)
+    model.train().encode(inputs, complete)
+    assert not torch.allclose(model.eval().encode(inputs, complete)["image"], as_alone)
+
+
+@BOTH
 def test_sub_cases_count_as_seen(kind):
     model, inputs = prompted(kind), batch()
     model.loss(inputs, torch.ones(6, 2, dtype=torch.bool), LABELS)
@@ -295,6 +315,13 @@ def test_two_models_on_one_clip():
 
 
 # -- what a prompt module must not do ---------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("wrong", [("image", "text"), ("text", "text+image"), ("audio", "audio"), ("image", "all")])
+def test_other_cases_are_refused(kind, wrong):
+    with pytest.raises(ValueError, match="or it alone, but got " + re.escape(", ".join(map(repr, wrong)))):
+        MAKE[kind]()(*wrong)
 
 
 def test_numbers_of_functions_that_differ():

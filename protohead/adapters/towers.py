@@ -43,7 +43,8 @@ class PromptedTowers(nn.Module):
 
     Attributes:
         seen: (2, 2) buffer: how many rows of image and text, complete and alone, training has had. In eval mode a case
-            that it has not had uses the prompts of the complete case.
+            that it has not had uses the prompts of the complete case, and that one, if only it was not had, those of
+            the modality alone.
     """
 
     seen: Tensor
@@ -97,15 +98,15 @@ class PromptedTowers(nn.Module):
         return features
 
     def _mark(self, counts: Mapping[str, list[int]]) -> None:
-        """In training, mark the cases as seen; else count rows of a case that was not as complete ones."""
+        """In training, mark the cases as seen; else count rows of a case that was not as those of the other."""
         if self.training:
             if torch.is_grad_enabled() and not is_transformed():  # Not where features are cached.
                 new = torch.tensor([counts[name] for name in MODALITIES], device=self.seen.device)
                 self.seen += sum_between_ranks(new, self)
-        elif any(alone for _, alone in counts.values()):
-            for name, (complete, alone) in zip(MODALITIES, self.seen.tolist(), strict=True):
-                if complete and not alone:
-                    counts[name][:] = [sum(counts[name]), 0]
+        else:
+            for name, seen in zip(MODALITIES, self.seen.tolist(), strict=True):
+                if all(seen) != any(seen):
+                    counts[name][:] = [sum(counts[name]) if x else 0 for x in seen]
 
     def _encode(self, name: str, inputs: Mapping[str, Any], source: Tensor | None, counts: list[int]) -> Tensor:
         """(n, D) features of some rows of the inputs, or all; the first as complete rows, the others as alone."""
@@ -235,14 +236,20 @@ def _make_prompts(prompts: Any, towers: Towers) -> nn.Module:
     if isinstance(prompts, (DcpPrompts, MapPrompts)) and prompts.widths != towers.widths:
         raise ValueError(f"Expected prompts for tokens of widths {towers.widths}, but got {prompts.widths}.")
     prompts.to(towers.device)
-    with torch.no_grad():
+    modes = {module: module.training for module in prompts.modules()}
+    try:
+        prompts.eval()  # Zeros must not reach what a batch norm has counted.
         for name in MODALITIES:
             lengths = {case: _try(prompts, name, case, towers) for case in (COMPLETE, name)}
             if lengths[COMPLETE] != lengths[name]:
                 raise ValueError(f"Expected prompts to add as many tokens in both cases, but there are {lengths}.")
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
     return prompts
 
 
+@torch.no_grad()
 def _try(prompts: nn.Module, name: str, case: str, towers: Towers) -> list[int]:
     """How many tokens there are after each function of a prompt module, where there were two."""
     edits, depth, width = prompts(name, case), towers.depths[name], towers.widths[name]
