@@ -8,8 +8,10 @@ A prompt module is any module with ``forward(modality, case)``, where `case` nam
 rows of this case before block j of the modality's tower. What it adds goes in front, the same number in either case.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from threading import Lock, get_ident
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ __all__ = ["Blocks", "DcpPrompts", "Edit", "MapPrompts", "put_in_front"]
 
 Edit = Callable[[Tensor], Tensor]
 
+LOCK = Lock()  # Of what a tower is prompted with.
 COMPLETE = "image+text"
 MODALITIES = ("image", "text")
 STD = 0.02
@@ -183,11 +186,33 @@ class Blocks(nn.Module):
 
     Attributes:
         edits: The functions, while a prompted call runs; else None, and all is as it was.
+        thread: In which it runs; 0 where a compiler, which cannot tell, has put it.
         causal: Whether a token sees only those before it.
     """
 
     edits: Sequence[Edit] | None = None
+    thread: int = 0
     causal: bool = False
+
+    def is_prompted(self) -> bool:
+        """Whether this call is a prompted one, and not one beside it in another thread."""
+        return self.edits is not None and (torch.compiler.is_compiling() or self.thread in (0, get_ident()))
+
+    @contextmanager
+    def prompted(self, edits: Sequence[Edit]) -> Iterator[None]:
+        """Prompt the calls of this thread.
+
+        Raises:
+            RuntimeError: If those of another one are prompted.
+        """
+        with nullcontext() if torch.compiler.is_compiling() else LOCK:
+            if self.edits is not None:
+                raise RuntimeError("Expected one call at a time of each tower, but another one has its prompts.")
+            self.edits, self.thread = edits, 0 if torch.compiler.is_compiling() else get_ident()
+        try:
+            yield
+        finally:
+            self.edits = None
 
     def run(self, tokens: Tensor, blocks: Sequence[Callable[..., Tensor]], masks: Sequence[Tensor | None]) -> Tensor:
         """(n, L, W) tokens through edits and blocks; those that were added are dropped again, so that pooling fits.

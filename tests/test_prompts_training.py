@@ -1,6 +1,8 @@
 """Prompts in training: sub-cases that are encoded as such, cases that training never had, files, and which rows run."""
 
 import re
+import threading
+from functools import partial
 
 import pytest
 import torch
@@ -335,9 +337,65 @@ def test_two_calls_at_once_are_an_error():
     model = prompted()
     _, clip, _ = parts(model)
     clip.visual.transformer.edits = [more]
-    with pytest.raises(RuntimeError, match="one call at a time of the image tower"):
+    with pytest.raises(RuntimeError, match="one call at a time of each tower"):
         model.encode(batch(), PRESENT)
     assert clip.visual.transformer.edits == [more]  # Those of the other call.
+
+
+def at_once(*calls):
+    """What calls in threads of their own return, or raise."""
+    results = [None] * len(calls)
+
+    def run(number):
+        try:
+            with torch.no_grad():
+                results[number] = calls[number]()
+        except RuntimeError as error:
+            results[number] = error
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    return results
+
+
+def test_of_two_threads_that_begin_together_one_gets_an_error():
+    model, inputs = prompted().eval(), batch()
+    masks = torch.tensor([[True, False]]).expand(6, 2), torch.tensor([[True, True]]).expand(6, 2)
+    expected = [model(inputs, mask).detach() for mask in masks]
+    both, calls = threading.Barrier(2), []
+
+    def wait(*_):
+        calls.append(1)
+        if len(calls) < 3:  # The first prompts of either.
+            both.wait(10)
+
+    parts(model)[2].register_forward_hook(wait)
+    results = at_once(*(partial(model, inputs, mask) for mask in masks))
+    assert sorted(type(x).__name__ for x in results) == ["RuntimeError", "Tensor"]
+    for got, wanted in zip(results, expected, strict=True):
+        if isinstance(got, torch.Tensor):
+            torch.testing.assert_close(got, wanted)
+        else:
+            assert "one call at a time of each tower" in str(got)
+
+
+def test_another_thread_has_the_bare_tower():
+    model, inputs = prompted().eval(), batch()
+    clip, bare = parts(model)[1], []
+    expected = clip.encode_image(inputs["image"]).detach()
+
+    def meanwhile(*_):
+        if not bare:
+            bare.append(None)
+            bare[:] = at_once(partial(clip.encode_image, inputs["image"]))
+
+    clip.visual.transformer.resblocks[0].register_forward_hook(meanwhile)
+    wanted = prompted().eval()(inputs, PRESENT)
+    torch.testing.assert_close(model(inputs, PRESENT), wanted)
+    assert torch.equal(bare[0], expected)
 
 
 def test_prompts_of_other_lengths():

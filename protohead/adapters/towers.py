@@ -113,18 +113,13 @@ class PromptedTowers(nn.Module):
         encoder: Callable[..., Any] = getattr(self.towers, self.methods[name])
         blocks: Any = self.towers.get_submodule(self.paths[name])
         run, count = partial(encode_rows, name, encoder), sum(counts)
-        if blocks.edits is not None:
-            raise RuntimeError(f"Expected one call at a time of the {name} tower, but another one has its prompts.")
-        try:
-            if count:
-                blocks.edits = self._edits(name, counts)
-                x = inputs[name]
+        if count:
+            x = inputs[name]
+            with blocks.prompted(self._edits(name, counts)):
                 return run(rows=select_rows(x, source, batch_size(name, x)), count=count)
-            if has_ranks() and is_collective(self.towers, name):
-                blocks.edits = self._edits(name, [1, 0])
+        if has_ranks() and is_collective(self.towers, name):
+            with blocks.prompted(self._edits(name, [1, 0])):
                 return run_blank(self.towers, partial(run, count=1), name, inputs)[:0]
-        finally:
-            blocks.edits = None
         return torch.zeros(0, self.in_features[name], device=self.seen.device)
 
     def _check_shards(self) -> None:
