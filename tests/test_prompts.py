@@ -12,7 +12,7 @@ from roads import UNTRAINED
 from torch import nn
 
 from protohead import attach
-from protohead.adapters.towers import read_towers, tower_widths
+from protohead.adapters.towers import tower_widths
 from protohead.prompts import DcpPrompts, MapPrompts
 
 pytestmark = UNTRAINED
@@ -396,24 +396,6 @@ def test_a_module_of_ones_own():
     other = nn.Linear(32, 5)
     F.cross_entropy(other(torch.cat([*features.values()], 1)), LABELS).backward()
     assert all(p.grad.abs().sum() > 0 for p in model.encoders["image+text"].prompts.parameters())
-
-
-class Normed(Shallow):
-    def __init__(self):
-        super().__init__(WIDTHS)
-        self.norms = nn.ModuleDict({name: nn.BatchNorm1d(width) for name, width in WIDTHS.items()})
-
-    def forward(self, modality, case):
-        prompts = self.norms[modality](getattr(self, modality)[int(case == modality)])
-        return [lambda tokens: torch.cat([prompts.expand(len(tokens), -1, -1), tokens], dim=1)]
-
-
-def test_a_module_is_as_it_was_when_it_has_been_tried():
-    prompts = Normed()
-    prompts.norms["text"].eval()
-    read_towers(tiny(), prompts)
-    assert not prompts.norms["image"].num_batches_tracked
-    assert [norm.training for norm in prompts.norms.values()] == [True, False]
 
 
 class Wrong(nn.Module):

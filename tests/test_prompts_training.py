@@ -1,18 +1,13 @@
 """Prompts in training: sub-cases that are encoded as such, cases that training never had, files, and which rows run."""
 
-import re
-import threading
-from functools import partial
-
 import pytest
 import torch
 import torch.nn.functional as F
 from roads import UNTRAINED
-from test_prompts import BOTH, LABELS, MAKE, PRESENT, WIDTHS, Wrong, batch, close, more, prompted, tiny
+from test_prompts import BOTH, LABELS, MAKE, PRESENT, WIDTHS, batch, close, prompted, tiny
 
 from protohead import DecoupledPrototypeHead, attach
 from protohead.objective import Objective, encode_subcases
-from protohead.prompts import DcpPrompts
 
 pytestmark = UNTRAINED
 
@@ -314,91 +309,3 @@ def test_two_models_on_one_clip():
     first, second = prompted("dcp", clip).eval(), prompted("map", clip).eval()
     assert torch.equal(first(inputs, PRESENT), prompted("dcp").eval()(inputs, PRESENT))
     assert torch.equal(second(inputs, PRESENT), prompted("map").eval()(inputs, PRESENT))
-
-
-# -- what a prompt module must not do ---------------------------------------------------------------------------------
-
-
-@BOTH
-@pytest.mark.parametrize("wrong", [("image", "text"), ("text", "text+image"), ("audio", "audio"), ("image", "all")])
-def test_other_cases_are_refused(kind, wrong):
-    with pytest.raises(ValueError, match="or it alone, but got " + re.escape(", ".join(map(repr, wrong)))):
-        MAKE[kind]()(*wrong)
-
-
-def test_numbers_of_functions_that_differ():
-    model = prompted(Wrong(lambda m, c: [more]))
-    parts(model)[2].function = lambda m, c: [more] * (1 + (c == m))
-    with pytest.raises(ValueError, match=r"as many prompt functions for each case of 'image', but got .*'image': 2"):
-        model.encode(batch(), PRESENT)
-
-
-def test_two_calls_at_once_are_an_error():
-    model = prompted()
-    _, clip, _ = parts(model)
-    clip.visual.transformer.edits = [more]
-    with pytest.raises(RuntimeError, match="one call at a time of each tower"):
-        model.encode(batch(), PRESENT)
-    assert clip.visual.transformer.edits == [more]  # Those of the other call.
-
-
-def at_once(*calls):
-    """What calls in threads of their own return, or raise."""
-    results = [None] * len(calls)
-
-    def run(number):
-        try:
-            with torch.no_grad():
-                results[number] = calls[number]()
-        except RuntimeError as error:
-            results[number] = error
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(10)
-    return results
-
-
-def test_of_two_threads_that_begin_together_one_gets_an_error():
-    model, inputs = prompted().eval(), batch()
-    masks = torch.tensor([[True, False]]).expand(6, 2), torch.tensor([[True, True]]).expand(6, 2)
-    expected = [model(inputs, mask).detach() for mask in masks]
-    both, calls = threading.Barrier(2), []
-
-    def wait(*_):
-        calls.append(1)
-        if len(calls) < 3:  # The first prompts of either.
-            both.wait(10)
-
-    parts(model)[2].register_forward_hook(wait)
-    results = at_once(*(partial(model, inputs, mask) for mask in masks))
-    assert sorted(type(x).__name__ for x in results) == ["RuntimeError", "Tensor"]
-    for got, wanted in zip(results, expected, strict=True):
-        if isinstance(got, torch.Tensor):
-            torch.testing.assert_close(got, wanted)
-        else:
-            assert "one call at a time of each tower" in str(got)
-
-
-def test_another_thread_has_the_bare_tower():
-    model, inputs = prompted().eval(), batch()
-    clip, bare = parts(model)[1], []
-    expected = clip.encode_image(inputs["image"]).detach()
-
-    def meanwhile(*_):
-        if not bare:
-            bare.append(None)
-            bare[:] = at_once(partial(clip.encode_image, inputs["image"]))
-
-    clip.visual.transformer.resblocks[0].register_forward_hook(meanwhile)
-    wanted = prompted().eval()(inputs, PRESENT)
-    torch.testing.assert_close(model(inputs, PRESENT), wanted)
-    assert torch.equal(bare[0], expected)
-
-
-def test_prompts_of_other_lengths():
-    _, clip, _ = parts(model := prompted(DcpPrompts(WIDTHS, length=9, depth=4)))
-    assert model.loss(batch(), PRESENT, LABELS).isfinite()
-    assert clip.transformer.edits is None
