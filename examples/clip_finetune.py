@@ -12,8 +12,10 @@ validate and 15 % test. Folders of MM-IMDb, UPMC Food-101 and Hateful Memes are 
     python examples/clip_finetune.py --data FOLDER --dataset mmimdb --missing-rate 0.7 --preset DPL_DCP --output run
 
 By default CLIP is frozen: its features are computed once, and only the head is trained on them. With --trainable, what
-that names is trained too. The epoch is chosen by validation, and so is the threshold of several labels; the scores by
-missing case are those of the test rows. The training itself is in clip_training.py.
+that names is trained too, and with --prompts missing-aware prompts are: each step then runs CLIP, forward and back (see
+docs/prompts.md). --head linear is a linear layer, to compare with. The epoch is chosen by validation, and so is the
+threshold of several labels; the scores by missing case are those of the test rows. The model is in clip_model.py, its
+training in clip_training.py.
 """
 
 import argparse
@@ -35,7 +37,12 @@ def options() -> argparse.ArgumentParser:
     option("--output", type=Path, required=True, help="folder of the model; new for training")
     option("--model", default="ViT-B-32", help="open_clip's name, hf-hub:... or local-dir:... (default: ViT-B-32)")
     option("--pretrained", help="tag or checkpoint file of the weights; none: random")
-    option("--trainable", nargs="+", default=[], metavar="PATTERN", help="what trains, as 'visual.proj' '*ln_*'")
+    prompts = "train missing-aware prompts of MAP or DCP in CLIP's towers, which need 6 blocks (default: none)"
+    option("--prompts", choices=["none", "map", "dcp"], default="none", help=prompts)
+    head = "of prototypes, or a linear layer on the features, with zeros for what is missing (default: prototype)"
+    option("--head", choices=["prototype", "linear"], default="prototype", help=head)
+    trainable = "what trains, as 'visual.proj' '*ln_*' (default: nothing; with --prompts image projection, last norms)"
+    option("--trainable", nargs="+", default=[], metavar="PATTERN", help=trainable)
     option("--amp", action="store_true", help="compute in bfloat16 where that is safe")
     option("--workers", type=int, default=min(4, os.cpu_count() or 1), help="processes that load pictures")
     option("--seed", type=int, default=0, help="of the splits, what goes missing, and the training (default: 0)")
@@ -60,15 +67,15 @@ def _add_data_options(option: Any) -> None:
 
 def _add_training_options(option: Any) -> None:
     preset = (
-        "DPL's published λ, margins, scale, lr, batch size and epochs for --dataset, --missing, --missing-rate, "
-        "but for options that are given. λ is what ran: 0 where DPL's code multiplies the prototype loss by zero"
+        "DPL's published prompts, λ, margins, scale, lr, batch size and epochs for --dataset, --missing, "
+        "--missing-rate, but for options that are given. λ is what ran: 0 where DPL's code multiplies it by zero"
     )
     option("--preset", choices=VARIANTS, help=preset)
     # On frozen features an epoch takes a second, and validation picks one of them; fine-tuning wants 3 to 10.
     option("--epochs", type=int, default=20, help="(default: 20)")
     option("--batch-size", type=int, default=64, help="(default: 64)")
     # Prototypes start with norms of 1 to 2 in hundreds of dimensions: steps of 0.01 turn them within some epochs.
-    option("--lr", type=float, default=1e-2, help="learning rate of the head (default: 0.01)")
+    option("--lr", type=float, default=1e-2, help="learning rate of head and prompts (default: 0.01)")
     # Larger ones soon destroy what CLIP knows.
     option("--encoder-lr", type=float, default=1e-5, help="learning rate of what is --trainable (default: 1e-5)")
     # Try scales of 16 to 64 and λ of 0.1 to 10, and keep what validates best.
@@ -104,6 +111,9 @@ def checked(parser: argparse.ArgumentParser) -> argparse.Namespace:
         parser.error(f"Expected --missing-rate to be from 0 to 1, but got {arguments.missing_rate}.")
     if arguments.missing_table and arguments.missing_rate and not arguments.preset:  # A preset goes by both.
         parser.error("Expected one of --missing-rate and --missing-table, but got both.")
+    own = [name for name in ("scale", "margin", "weight") if getattr(arguments, name) != parser.get_default(name)]
+    if arguments.head == "linear" and own:
+        parser.error(f"Expected no --{' or --'.join(own)} with --head linear, which has no prototypes.")
     return arguments
 
 

@@ -1,24 +1,23 @@
-"""What clip_finetune.py does once its arguments are read: build the model, train it, score it, predict with it."""
+"""What clip_finetune.py does once its arguments are read: train a model of clip_model.py, score it, predict with it."""
 
 import argparse
 import csv
 import json
 import math
-from collections.abc import Sequence
-from difflib import get_close_matches
+from collections.abc import Callable, Sequence
 from itertools import compress
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
+from clip_model import build
 from files import MODALITIES, InputError
 from rows import Row, Rows, map_order, missing_of, present_of, read, split_rows
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, TensorDataset
 from tqdm import tqdm
 
-from protohead import PrototypeClassifier, attach
+from protohead import PrototypeClassifier
 from protohead.metrics import Report, evaluate
 
 Outputs = tuple[Tensor, Tensor, Tensor]  # (N, K) logits, (N, 2) present, targets
@@ -34,34 +33,7 @@ def check_device(arguments: argparse.Namespace) -> None:
         raise InputError(f"Expected --device to be one that torch can use, but got {got}") from None
 
 
-# -- the model --------------------------------------------------------------------------------------------------------
-
-
-def build(settings: dict[str, Any]) -> tuple[PrototypeClassifier, Any, Any, Any]:
-    """The model, its transforms for training and for evaluation, and its tokenizer.
-
-    Raises:
-        InputError: If open_clip cannot load the model, or a setting is not as said.
-    """
-    name, tag, known = settings["model"], settings["pretrained"], open_clip.list_models()
-    if ":" not in name and name.replace("/", "-") not in known:
-        near = get_close_matches(name, known, n=5, cutoff=0.4) or known
-        raise InputError(f"Expected --model to be one of open_clip's, but got {name!r}; nearest: {', '.join(near)}.")
-    torch.manual_seed(settings["seed"])  # Random weights must be the same again when --predict builds them.
-    try:
-        clip, augment, transform = open_clip.create_model_and_transforms(name, tag)
-        tokenizer = open_clip.get_tokenizer(name)
-    except Exception as error:  # open_clip and the model hub raise many kinds.
-        tags = f"; its tags: {', '.join(open_clip.list_pretrained_tags_by_model(name))}" if tag else ""
-        raise InputError(f"Expected --model and --pretrained that load, but got {error}{tags}.") from error
-    options = {key: settings[key] for key in ("trainable", "scale", "margin")}
-    options["class_names"] = settings["classes"]
-    if settings["preset"]:  # It is DPL's, whose head has prototypes for each missing case, no center and no bias.
-        options |= {"cases": "all", "centered": False}
-    try:
-        return attach(clip, len(settings["classes"]), **options), augment, transform, tokenizer
-    except ValueError as error:
-        raise InputError(str(error)) from error
+# -- batches -----------------------------------------------------------------------------------------------------------
 
 
 def batches(data: Dataset[tuple[Tensor, ...]], arguments: argparse.Namespace, train: bool = False) -> Any:
@@ -120,12 +92,13 @@ def train(arguments: argparse.Namespace) -> None:
     model.to(arguments.device)
     if not arguments.pretrained and ":" not in arguments.model:
         print("Warning: the weights of CLIP are random: without --pretrained this only shows that the program runs.")
+    tuned = bool(arguments.trainable) or arguments.prompts != "none"
     data: dict[str, Any] = {}
     for split, rows in splits.items():
-        change = augment if split == "train" and arguments.trainable else transform
+        change = augment if split == "train" and tuned else transform
         data[split] = Rows(rows, present[split], targets_of(rows, classes, several), change, tokenizer)
     weight = class_weight_of(data["train"].targets, len(classes)) if arguments.class_weight else None
-    if not arguments.trainable:
+    if not tuned:
         data = {split: encoded(model, part, arguments, split) for split, part in data.items()}
     fit(model, data, arguments, settings, weight)
     model.load(arguments.output / "model.safetensors")
@@ -178,6 +151,23 @@ def class_weight_of(targets: Tensor, num_classes: int) -> Tensor:
     return counts.sum() / (num_classes * counts.float())
 
 
+def groups_of(model: PrototypeClassifier, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What trains, with its learning rate: prompts begin at random, as the head does, and need a large one."""
+    named = [(name, p) for name, p in model.encoders.named_parameters() if p.requires_grad]
+    prompts = [p for name, p in named if ".prompts." in name]
+    others = [p for name, p in named if ".prompts." not in name]
+    groups = [([*model.head.parameters(), *prompts], arguments.lr), (others, arguments.encoder_lr)]
+    return [{"params": parameters, "lr": lr} for parameters, lr in groups if parameters]
+
+
+def rates(arguments: argparse.Namespace, steps: int) -> Callable[[int], float]:
+    """What part of the learning rates each step has: with prompts, as published, a tenth warms up, the rest decays."""
+    if arguments.prompts == "none":
+        return lambda step: 1.0
+    warm = max(1, steps // 10)
+    return lambda step: min((step + 1) / warm, (steps - step) / max(1, steps - warm))
+
+
 def fit(
     model: PrototypeClassifier,
     data: dict[str, Any],
@@ -186,16 +176,14 @@ def fit(
     weight: Tensor | None,
 ) -> None:
     """Train; keep the epoch that validates best in --output, and note it in the settings."""
-    trained = model if arguments.trainable else model.head
-    groups: list[dict[str, Any]] = [{"params": model.head.parameters(), "lr": arguments.lr}]
-    if arguments.trainable:
-        chosen = [p for p in model.encoders.parameters() if p.requires_grad]
-        groups.append({"params": chosen, "lr": arguments.encoder_lr})
-    optimizer = torch.optim.AdamW(groups)
+    trained = model.head if isinstance(data["train"], TensorDataset) else model
+    optimizer = torch.optim.AdamW(groups_of(model, arguments))
     objective: dict[str, Any] = {"prototype_weight": arguments.weight, "class_weight": weight}
-    objective |= {"subcase_weight": 0.0} if arguments.preset else {}
+    # DPL's code has no sub-cases; a linear layer has none either, nor prototypes.
+    objective |= {"subcase_weight": 0.0} if arguments.preset or arguments.head == "linear" else {}
     name = "map" if settings["several"] else "macro_f1"
     loader, best = batches(data["train"], arguments, train=True), -math.inf
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rates(arguments, arguments.epochs * len(loader)))
     with tqdm(total=arguments.epochs * len(loader), desc="training") as progress:
         for epoch in range(1, arguments.epochs + 1):
             model.train()
@@ -204,6 +192,7 @@ def fit(
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
+                schedule.step()
                 progress.update()
             report = report_of(predict(model, data["val"], arguments), 0.5)
             if merit(report, name) > best:

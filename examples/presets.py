@@ -1,6 +1,7 @@
 """The published settings of DPL by data set, what is missing, and how often: what clip_finetune.py takes with --preset.
 
-`datasets/dpl_presets.json` has the numbers of the run scripts of DPL's two programs on CLIP, with and without prompts.
+`datasets/dpl_presets.json` has the numbers of the run scripts of DPL's two programs on CLIP, DPL_DCP with DCP's prompts
+(36 of them, in 6 blocks) and DPL_NoPrompt without. All that is trained has one learning rate there.
 In DPL_NoPrompt the code for Food-101 and Hateful Memes multiplies the prototype loss by zero, whatever λ the script
 gives. What ran is what is used, here as there. Where two versions of a script were published, the first in the file is
 used, and the other is named.
@@ -13,6 +14,7 @@ from typing import Any
 from files import InputError
 
 PUBLISHED = json.loads((Path(__file__).parent / "datasets" / "dpl_presets.json").read_text("utf-8"))
+PROMPTS = {"DPL_DCP": "dcp", "DPL_NoPrompt": "none"}
 VARIANTS = sorted({row["variant"] for row in PUBLISHED["rows"]})
 
 
@@ -35,4 +37,5 @@ def published(variant: str, dataset: str, missing: str, rate: float) -> tuple[di
         notes = []
     notes += [f"Published as well: λ {row['weight_as_run']} (commit {row['commit']})." for row in others]
     settings = {**PUBLISHED["common"], "weight": chosen["weight_as_run"], "margin": chosen["margin"]}
+    settings |= {"encoder_lr": settings["lr"], "prompts": PROMPTS[variant], "head": "prototype"}
     return settings, " ".join(notes)

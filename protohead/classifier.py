@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -194,7 +195,7 @@ class PrototypeClassifier(nn.Module):
     # -- the steps ----------------------------------------------------------------------------------------------------
 
     def _device(self) -> torch.device:
-        return self.head.seen.device
+        return next(chain(self.head.buffers(), self.head.parameters())).device  # Of a head of one's own, too.
 
     def _is_by_case(self) -> bool:
         """Whether an encoder says that features depend on the missing case, as prompts do; it takes `rows`, too."""

@@ -8,8 +8,10 @@ A prompt module is any module with ``forward(modality, case)``, where `case` nam
 rows of this case before block j of the modality's tower. What it adds goes in front, the same number in either case.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from threading import Lock, get_ident
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ __all__ = ["Blocks", "DcpPrompts", "Edit", "MapPrompts", "put_in_front"]
 
 Edit = Callable[[Tensor], Tensor]
 
+LOCK = Lock()  # Of what a tower is prompted with.
 COMPLETE = "image+text"
 MODALITIES = ("image", "text")
 STD = 0.02
@@ -71,8 +74,12 @@ class DcpPrompts(nn.Module):
 
         Args:
             modality: ``"image"`` or ``"text"``.
-            case: What the rows have; with `modality`.
+            case: What the rows have: ``"image+text"``, or the modality alone.
+
+        Raises:
+            ValueError: If it is another.
         """
+        alone = _is_alone(modality, case)
         if self.length == 0:
             return []
         prompts = {
@@ -86,7 +93,7 @@ class DcpPrompts(nn.Module):
             prompts = {name: self.stages[name][j](both) for name in names}  # type: ignore[index]
             staged.append(prompts[modality])
         # A tower sees two of the three cases: a third dynamic prompt would never be trained.
-        query = self.dynamic[modality][int(case != COMPLETE)]
+        query = self.dynamic[modality][alone]
         common = self.common_projection[modality](self.common[(COMPLETE, *MODALITIES).index(case)])
         first = partial(self._insert, modality=modality, prompts=torch.cat([staged[0], common]), query=query)
         return [first, *(partial(_replace, prompts=x) for x in staged[1:])]
@@ -127,9 +134,13 @@ class MapPrompts(nn.Module):
 
         Args:
             modality: ``"image"`` or ``"text"``.
-            case: What the rows have; with `modality`.
+            case: What the rows have: ``"image+text"``, or the modality alone.
+
+        Raises:
+            ValueError: If it is another.
         """
-        return [partial(put_in_front, prompts=x) for x in self.prompts[modality][int(case != COMPLETE)]]
+        alone = _is_alone(modality, case)
+        return [partial(put_in_front, prompts=x) for x in self.prompts[modality][alone]]
 
 
 def put_in_front(tokens: Tensor, prompts: Tensor) -> Tensor:
@@ -139,6 +150,15 @@ def put_in_front(tokens: Tensor, prompts: Tensor) -> Tensor:
 
 def _replace(tokens: Tensor, prompts: Tensor) -> Tensor:
     return put_in_front(tokens[:, len(prompts) :], prompts)
+
+
+def _is_alone(modality: str, case: str) -> int:
+    """0 for complete rows, 1 for those that have this modality alone: no others reach its tower."""
+    if modality not in MODALITIES or case not in (COMPLETE, modality):
+        raise ValueError(
+            f"Expected a tower of {MODALITIES}, and {COMPLETE!r} or it alone, but got {modality!r}, {case!r}."
+        )
+    return int(case == modality)
 
 
 def _normal(*shape: int) -> nn.Parameter:
@@ -166,11 +186,33 @@ class Blocks(nn.Module):
 
     Attributes:
         edits: The functions, while a prompted call runs; else None, and all is as it was.
+        thread: In which it runs; 0 where a compiler, which cannot tell, has put it.
         causal: Whether a token sees only those before it.
     """
 
     edits: Sequence[Edit] | None = None
+    thread: int = 0
     causal: bool = False
+
+    def is_prompted(self) -> bool:
+        """Whether this call is a prompted one, and not one beside it in another thread."""
+        return self.edits is not None and (torch.compiler.is_compiling() or self.thread in (0, get_ident()))
+
+    @contextmanager
+    def prompted(self, edits: Sequence[Edit]) -> Iterator[None]:
+        """Prompt the calls of this thread.
+
+        Raises:
+            RuntimeError: If those of another one are prompted.
+        """
+        with nullcontext() if torch.compiler.is_compiling() else LOCK:
+            if self.edits is not None:
+                raise RuntimeError("Expected one call at a time of each tower, but another one has its prompts.")
+            self.edits, self.thread = edits, 0 if torch.compiler.is_compiling() else get_ident()
+        try:
+            yield
+        finally:
+            self.edits = None
 
     def run(self, tokens: Tensor, blocks: Sequence[Callable[..., Tensor]], masks: Sequence[Tensor | None]) -> Tensor:
         """(n, L, W) tokens through edits and blocks; those that were added are dropped again, so that pooling fits.

@@ -360,7 +360,8 @@ def test_presets():
     }  # fmt: skip
     assert presets.published("DPL_DCP", "food101", "image", 0.9)[0]["weight"] == 0.6
     assert presets.published("DPL_DCP", "mmimdb", "text", 0.9) == (
-        {**common, "weight": 0.9, "margin": {"image+text": 0.1, "image": 0.15, "text": 0.15}}, "",
+        {**common, "weight": 0.9, "margin": {"image+text": 0.1, "image": 0.15, "text": 0.15}}
+        | {"encoder_lr": 0.01, "prompts": "dcp", "head": "prototype"}, "",
     )  # fmt: skip
     settings, notes = presets.published("DPL_DCP", "hatememes", "both", 0.7)
     assert (settings["weight"], notes) == (0.5, "Published as well: λ 5.0 (commit 2036c2b).")
@@ -411,7 +412,7 @@ def test_preset_and_missing_table(tmp_path, tiny, monkeypatch, capsys):
     build = clip_training.build
     monkeypatch.setattr(clip_training, "build", lambda settings: built.append(build(settings)) or built[-1])
     arguments = ("--data", data, "--dataset", "mmimdb", "--model", tiny)
-    drawn = (*arguments, "--missing", "text", "--missing-rate", 0.5, "--preset", "DPL_DCP")
+    drawn = (*arguments, "--missing", "text", "--missing-rate", 0.5, "--preset", "DPL_DCP", "--prompts", "none")
     finetune(monkeypatch, *drawn, "--output", tmp_path / "run")
     printed = capsys.readouterr().out
     assert "DPL_DCP: scale 32.0, lr 0.01, batch_size 256, epochs 1, weight 0.4, margin {'image+text': 0.1," in printed

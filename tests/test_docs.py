@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import clip_finetune
 from roads import UNTRAINED
 
 pytestmark = UNTRAINED
@@ -24,6 +25,8 @@ def test_prompts():
     }
     (example,) = re.findall(r"class Shallow.*?\n\n\n", page, re.DOTALL)
     assert len(example.strip().splitlines()) <= 25
+    for command in re.findall(r"^python examples/clip_finetune.py (.*)$", page, re.MULTILINE):
+        clip_finetune.options().parse_args(command.replace("...", "--data data.csv").split())
     # In the text.
     line = re.search(r"`(attach\(clip, 5, prompts=DcpPrompts.*?\))`", page)[1]
     exec(f"from protohead.prompts import DcpPrompts\nother = {line}", names)

@@ -4,11 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from roads import UNTRAINED
-from test_prompts import BOTH, LABELS, MAKE, PRESENT, WIDTHS, Wrong, batch, close, more, prompted, tiny
+from test_prompts import BOTH, LABELS, MAKE, PRESENT, WIDTHS, batch, close, prompted, tiny
 
 from protohead import DecoupledPrototypeHead, attach
 from protohead.objective import Objective, encode_subcases
-from protohead.prompts import DcpPrompts
 
 pytestmark = UNTRAINED
 
@@ -230,6 +229,24 @@ def test_a_case_that_training_never_had_uses_the_complete_ones_prompts(kind):
 
 
 @BOTH
+def test_complete_rows_that_training_never_had_use_the_prompts_of_the_modality_alone(kind):
+    """Those of complete rows are as they were drawn."""
+    model, inputs = prompted(kind), batch()
+    complete = torch.ones(6, 2, dtype=torch.bool)
+    only_image = torch.tensor([[True, False]] * 6)
+    model(inputs, only_image)
+    model.eval()
+    as_alone, own = model.encode(inputs, only_image)["image"], model.encode(inputs, complete)["text"]
+    got = model.encode(inputs, complete)
+    torch.testing.assert_close(got["image"], as_alone)
+    torch.testing.assert_close(got["text"], own)  # Of texts nothing is seen.
+    mixed = model.encode(inputs, PRESENT)["image"]
+    torch.testing.assert_close(mixed[PRESENT[:, 0]], as_alone[PRESENT[:, 0]], rtol=1e-5, atol=1e-5)
+    model.train().encode(inputs, complete)
+    assert not torch.allclose(model.eval().encode(inputs, complete)["image"], as_alone)
+
+
+@BOTH
 def test_sub_cases_count_as_seen(kind):
     model, inputs = prompted(kind), batch()
     model.loss(inputs, torch.ones(6, 2, dtype=torch.bool), LABELS)
@@ -292,28 +309,3 @@ def test_two_models_on_one_clip():
     first, second = prompted("dcp", clip).eval(), prompted("map", clip).eval()
     assert torch.equal(first(inputs, PRESENT), prompted("dcp").eval()(inputs, PRESENT))
     assert torch.equal(second(inputs, PRESENT), prompted("map").eval()(inputs, PRESENT))
-
-
-# -- what a prompt module must not do ---------------------------------------------------------------------------------
-
-
-def test_numbers_of_functions_that_differ():
-    model = prompted(Wrong(lambda m, c: [more]))
-    parts(model)[2].function = lambda m, c: [more] * (1 + (c == m))
-    with pytest.raises(ValueError, match=r"as many prompt functions for each case of 'image', but got .*'image': 2"):
-        model.encode(batch(), PRESENT)
-
-
-def test_two_calls_at_once_are_an_error():
-    model = prompted()
-    _, clip, _ = parts(model)
-    clip.visual.transformer.edits = [more]
-    with pytest.raises(RuntimeError, match="one call at a time of the image tower"):
-        model.encode(batch(), PRESENT)
-    assert clip.visual.transformer.edits == [more]  # Those of the other call.
-
-
-def test_prompts_of_other_lengths():
-    _, clip, _ = parts(model := prompted(DcpPrompts(WIDTHS, length=9, depth=4)))
-    assert model.loss(batch(), PRESENT, LABELS).isfinite()
-    assert clip.transformer.edits is None

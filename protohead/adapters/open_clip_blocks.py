@@ -24,7 +24,7 @@ class PromptedTransformer(Blocks, Transformer):  # type: ignore[misc]
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
         """(n, L, W) tokens to tokens."""
-        if self.edits is None:
+        if not self.is_prompted():
             result: Tensor = super().forward(x, attn_mask)
             return result
         recompute = self.grad_checkpointing and torch.is_grad_enabled()

@@ -43,7 +43,8 @@ class PromptedTowers(nn.Module):
 
     Attributes:
         seen: (2, 2) buffer: how many rows of image and text, complete and alone, training has had. In eval mode a case
-            that it has not had uses the prompts of the complete case.
+            that it has not had uses the prompts of the complete case, and that one, if only it was not had, those of
+            the modality alone.
     """
 
     seen: Tensor
@@ -97,33 +98,28 @@ class PromptedTowers(nn.Module):
         return features
 
     def _mark(self, counts: Mapping[str, list[int]]) -> None:
-        """In training, mark the cases as seen; else count rows of a case that was not as complete ones."""
+        """In training, mark the cases as seen; else count rows of a case that was not as those of the other."""
         if self.training:
             if torch.is_grad_enabled() and not is_transformed():  # Not where features are cached.
                 new = torch.tensor([counts[name] for name in MODALITIES], device=self.seen.device)
                 self.seen += sum_between_ranks(new, self)
-        elif any(alone for _, alone in counts.values()):
-            for name, (complete, alone) in zip(MODALITIES, self.seen.tolist(), strict=True):
-                if complete and not alone:
-                    counts[name][:] = [sum(counts[name]), 0]
+        else:
+            for name, seen in zip(MODALITIES, self.seen.tolist(), strict=True):
+                if all(seen) != any(seen):
+                    counts[name][:] = [sum(counts[name]) if x else 0 for x in seen]
 
     def _encode(self, name: str, inputs: Mapping[str, Any], source: Tensor | None, counts: list[int]) -> Tensor:
         """(n, D) features of some rows of the inputs, or all; the first as complete rows, the others as alone."""
         encoder: Callable[..., Any] = getattr(self.towers, self.methods[name])
         blocks: Any = self.towers.get_submodule(self.paths[name])
         run, count = partial(encode_rows, name, encoder), sum(counts)
-        if blocks.edits is not None:
-            raise RuntimeError(f"Expected one call at a time of the {name} tower, but another one has its prompts.")
-        try:
-            if count:
-                blocks.edits = self._edits(name, counts)
-                x = inputs[name]
+        if count:
+            x = inputs[name]
+            with blocks.prompted(self._edits(name, counts)):
                 return run(rows=select_rows(x, source, batch_size(name, x)), count=count)
-            if has_ranks() and is_collective(self.towers, name):
-                blocks.edits = self._edits(name, [1, 0])
+        if has_ranks() and is_collective(self.towers, name):
+            with blocks.prompted(self._edits(name, [1, 0])):
                 return run_blank(self.towers, partial(run, count=1), name, inputs)[:0]
-        finally:
-            blocks.edits = None
         return torch.zeros(0, self.in_features[name], device=self.seen.device)
 
     def _check_shards(self) -> None:
@@ -235,14 +231,20 @@ def _make_prompts(prompts: Any, towers: Towers) -> nn.Module:
     if isinstance(prompts, (DcpPrompts, MapPrompts)) and prompts.widths != towers.widths:
         raise ValueError(f"Expected prompts for tokens of widths {towers.widths}, but got {prompts.widths}.")
     prompts.to(towers.device)
-    with torch.no_grad():
+    modes = {module: module.training for module in prompts.modules()}
+    try:
+        prompts.eval()  # Zeros must not reach what a batch norm has counted.
         for name in MODALITIES:
             lengths = {case: _try(prompts, name, case, towers) for case in (COMPLETE, name)}
             if lengths[COMPLETE] != lengths[name]:
                 raise ValueError(f"Expected prompts to add as many tokens in both cases, but there are {lengths}.")
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
     return prompts
 
 
+@torch.no_grad()
 def _try(prompts: nn.Module, name: str, case: str, towers: Towers) -> list[int]:
     """How many tokens there are after each function of a prompt module, where there were two."""
     edits, depth, width = prompts(name, case), towers.depths[name], towers.widths[name]

@@ -34,7 +34,7 @@ class PromptedEncoder(Blocks):
 
     def forward(self, inputs_embeds: Tensor, *args: Any, **kwargs: Any) -> Any:
         """(n, L, W) tokens to an object that holds tokens."""
-        if self.edits is None:
+        if not self.is_prompted():
             return super().forward(inputs_embeds, *args, **kwargs)
         masks = [kwargs.pop(name, None) for name in (MASKS if isinstance(self, CLIPEncoder) else MASKS[:1])]
         masks[: len(args)] = args
