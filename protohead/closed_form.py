@@ -76,7 +76,7 @@ def _solve(sums: Mapping[str, Tensor], center: Tensor, within: bool) -> _Solutio
         rows = sums["rows"][:, None]
         covariance = covariance - (means * (rows - rows / (rows + 1).square())).T @ means
     values, vectors = torch.linalg.eigh(covariance)
-    floor = torch.finfo(values.dtype).eps * len(values) * values[-1]
+    floor = torch.finfo(torch.float32).eps * values[-1]  # The sums of float32 rows have its rounding.
     return _Solution(means @ vectors, values.clamp(min=floor) + (floor <= 0), vectors)
 
 

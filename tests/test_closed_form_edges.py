@@ -1,5 +1,6 @@
 """`imprint` where rows are few, tiny or alike, where modalities say nothing, and with earlier rows of another kind."""
 
+import math
 import warnings
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from roads import UNTRAINED
 from test_closed_form import WIDTHS, K, build, data, same
 
-from protohead import DecoupledPrototypeHead, imprint, moments
+from protohead import DecoupledPrototypeHead, closed_form, imprint, moments
 
 pytestmark = UNTRAINED
 
@@ -182,3 +183,96 @@ def test_a_row_at_the_mean_of_the_first_ones_is_one_row_still():
     kept = beside.imprint({"image": torch.cat([x, close[None]])}, torch.cat([labels, labels[:1]]), shrinkage=0.3)
     beside.imprint({"image": later}, labels, shrinkage=0.3, moments=kept)
     assert F.cosine_similarity(plain.prototypes["image"], beside.prototypes["image"], dim=2).min() > 0.8
+
+
+# -- what stays -------------------------------------------------------------------------------------------------------
+
+
+def test_a_modality_without_rows_leaves_what_was_learned_of_it(monkeypatch):
+    monkeypatch.setattr(imprint, "WINDOW", 50)
+    features, labels, present = data()
+    head = build()
+    head.loss(features, present, labels)
+    before = {name: x.clone() for name, x in head.state_dict().items()}
+    with pytest.warns(UserWarning, match="has 'text'"):
+        head.imprint({"image": features["image"]}, labels)
+    assert torch.equal(head.center[6:], before["center"][6:])
+    assert head.center_rows.tolist() == [50, before["center_rows"][1]]
+    assert head.center_spread[1] == before["center_spread"][1] > 0
+    assert head.seen[0, 1] == before["seen"][0, 1] > 0
+
+
+def test_a_modality_that_was_trained_counts_where_it_says_nothing_now():
+    """In eval mode it does: the rows that have it then get half as much of the other."""
+    features, labels, present = data(300, spread=2.0)
+    present[:] = True
+    head, alone = build(), build()
+    head.loss(features, present, labels)
+    features["text"] = torch.ones_like(features["text"])
+    with pytest.warns(UserWarning, match="has 'text'"):
+        head.imprint(features, labels, present)
+    with pytest.warns(UserWarning, match="has 'text'"):
+        alone.imprint({"image": features["image"]}, labels)
+    torch.testing.assert_close(head.scale, 2 * alone.scale, rtol=0.2, atol=0)
+
+
+def test_rows_with_nothing_that_counts_choose_nothing():
+    features, labels, _ = data(200, several=True)
+    features["text"] = torch.ones_like(features["text"])
+    present = torch.tensor([[True, False], [False, True]]).repeat(100, 1)
+    labels[1::2] = 1  # They get zero logits, whatever the bias.
+    head, alone = build(), build()
+    with pytest.warns(UserWarning, match="has 'text'"):
+        head.imprint(features, labels, present)
+    with pytest.warns(UserWarning, match="has 'text'"):
+        alone.imprint({"image": features["image"][::2]}, labels[::2])
+    torch.testing.assert_close(head.bias, alone.bias, rtol=0.1, atol=0.1)
+
+
+def test_the_bias_of_classes_that_are_named():
+    rows, head = data(), build()
+    head.imprint(*rows)
+    with torch.no_grad():
+        head.bias[:] = torch.tensor([1.0, 2.0, 9.0])
+    head.imprint(*rows, classes=[2])
+    assert head.bias.tolist() == [1, 2, 1.5]
+    head.imprint(*rows, classes=[0, 1, 2])  # There is no other.
+    assert head.bias.tolist() == [1, 2, 1.5]
+
+
+def test_the_scale_of_a_head_without_a_bias(monkeypatch):
+    """It has the least loss of rows that are held out, without what classes are frequent."""
+    features, labels, present = data(300, spread=2.0)
+    keep = (labels == 0) | (torch.arange(300) % 5 == 0)
+    features, labels, present = {n: x[keep] for n, x in features.items()}, labels[keep], present[keep]
+    calls, calibrate = [], closed_form._calibrate
+    monkeypatch.setattr(closed_form, "_calibrate", lambda *args: calls.append(args) or calibrate(*args))
+    head = build(centered=False)
+    head.imprint(features, labels, present)
+    cosine, loss, *_ = calls[0]
+
+    def objective(scale):
+        return loss(scale * cosine).item() + math.log(scale / 20) ** 2 / (2 * len(labels))
+
+    best = min(torch.logspace(0, 2, 2000).tolist(), key=objective)
+    assert head.scale.item() == pytest.approx(best, rel=0.005)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_shrinkage_of_fewer_rows_than_dimensions(dtype):
+    """In directions in which no row lies there is nothing but rounding, of either sign."""
+    widths = {"image": 100}
+    features, labels, _ = data(30, widths)
+    head = build(widths)
+    head.imprint({"image": features["image"].to(dtype)}, labels, None, 0)
+    fresh, answers, _ = data(300, widths, seed=6)
+    assert (head.eval()(fresh).argmax(1) == answers).double().mean() > 0.9
+
+
+def test_the_bias_of_classes_that_are_added():
+    head = build()
+    head.imprint(*data(spread=2.0))
+    with torch.no_grad():
+        head.bias[:] = torch.tensor([1.0, 2.0, 9.0])
+    head.add_classes(2)
+    assert head.bias.tolist() == [1, 2, 9, 4, 4]
