@@ -60,7 +60,8 @@ def imprint(
         fit = None if only_prototypes else _fit(head, sums, sample, shrinkage, class_weight)
         if fit is None:
             alone = not (only_prototypes or known)  # Each row is the only one of its class.
-            fit = _fit_prototypes(head, sums, sample, 1.0 if alone else shrinkage or _shrinkage(known), alone)
+            shrinkage = _shrinkage(known) if shrinkage is None else float(shrinkage)
+            fit = _fit_prototypes(head, sums, sample, 1.0 if alone else shrinkage, alone)
     some = write_known(head.prototypes, fit.prototypes, written)
     counts = torch.stack([x["total"][-1] for x in new.values()])
     head.seen += torch.where(some, counts, 0) * head._masks
