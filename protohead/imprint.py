@@ -35,8 +35,7 @@ def imprint(
     written, known = _read_classes(classes, head), _read_moments(moments, head)
     _check_shrinkage(shrinkage)
     class_weight = read_objective({"class_weight": class_weight}, head.num_classes).class_weight
-    if classes is not None and shrinkage is None:
-        shrinkage = _shrinkage(known)
+    shrinkage = _shrinkage(known) if classes is not None and shrinkage is None else shrinkage
     stays = classes is not None or shrinkage == 1  # All but the prototypes.
     with full_precision(head.seen.device):
         origins = known or (origins_at(head.in_features, _centers(head)) if stays or not head.centered else None)
@@ -46,22 +45,19 @@ def imprint(
             raise ValueError("Expected at least one row with a label and a modality, but got none.")
         counts = torch.stack([x["total"][-1] for x in sums.values()])
         within = head.centered and not sample.labels.is_floating_point()
-        if known:
-            _check_one_label(known, sample)
-            sums = plus(sums, known)
+        _check_one_label(known, sample)
+        sums = plus(sums, known) if known else sums
         centers = _means(head, sums)
         choice, source = None if stays else _choose(head, sums, sample, centers, within, shrinkage, class_weight), sums
         if choice is None:
-            alone, centers = not (stays or known), _centers(head)  # Whether each row is the only one of its class.
-            choice = Choice(_shrinkage(known) if shrinkage is None or alone else float(shrinkage))
+            centers, shrinkage = _centers(head), _shrinkage(known) if shrinkage is None else float(shrinkage)
+            alone = not (stays or known)  # Each row is the only one of its class.
+            choice = Choice(1.0 if alone else shrinkage)
             source = _seen_from(sums, sample, centers) if alone else sums
         found = prototypes(source, centers, within, choice.shrinkage)
     some = write_known(head.prototypes, found, written)
     head.seen += torch.where(some, counts, 0) * head._masks
-    if choice.scale is not None:
-        _write_rest(head, sums, sample, centers, choice)
-    elif head.centered and classes is not None and not written.all():  # A bias that is like the others.
-        head.bias.copy_(torch.where(written, head.bias[~written].mean(), head.bias))
+    _write_rest(head, sums, sample, centers, choice, written)
     for x in sums.values():
         x["shrinkage"] = counts.new_tensor(choice.shrinkage)
     return sums
@@ -113,7 +109,13 @@ def _means(head: Any, moments: Moments) -> list[Tensor]:
     return [torch.where(sums["total"][-1] > 0, mean, center) for sums, mean, center in each]
 
 
-def _write_rest(head: Any, moments: Moments, sample: Rows, centers: list[Tensor], choice: Choice) -> None:
+def _write_rest(
+    head: Any, moments: Moments, sample: Rows, centers: list[Tensor], choice: Choice, written: Tensor
+) -> None:
+    if choice.scale is None:
+        if head.centered and not written.all():  # A bias that is like the others.
+            head.bias.copy_(torch.where(written, head.bias[~written].mean(), head.bias))
+        return
     head.scale.copy_(choice.scale)
     if not head.centered:
         return
