@@ -239,7 +239,7 @@ class DecoupledPrototypeHead(nn.Module):
             shrinkage: γ in [0, 1]; by default chosen by the loss of rows that are held out.
             classes: Set the prototypes of these classes only; their bias becomes the mean of the others'.
             class_weight: (K,), as in :class:`protohead.objective.Objective`.
-            moments: What an earlier call returned, whose rows count, too.
+            moments: What an earlier call returned. Its rows count, too; shrinkage, scale and bias stay.
 
         Returns:
             Sums over the rows, tensors by modality and name: keep them to add rows or classes later.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from protohead.cases import block_index
 from protohead.center import WINDOW
-from protohead.closed_form import choose, prototypes
+from protohead.closed_form import Choice, choose, prototypes
 from protohead.context import full_precision, widest
 from protohead.inputs import check_finite, check_labels, read_features
 from protohead.moments import CHUNK, Moments, Rows, add, by_modality, collect, empty, means, origins_at, plus
@@ -22,13 +22,12 @@ IGNORED = -100  # The label of rows that do not count.
 
 
 class Fit(NamedTuple):
-    """What is written to a head; None is not."""
+    """What is written to a head."""
 
     prototypes: list[Tensor]  # M of (K, D_m)
     shrinkage: float
-    centers: list[Tensor] | None = None  # M of (D_m,)
-    scale: Tensor | None = None  # (C,)
-    bias: Tensor | None = None  # (K,)
+    centers: list[Tensor]  # M of (D_m,)
+    choice: Choice | None = None  # Of scale and bias
 
 
 def imprint(
@@ -45,9 +44,9 @@ def imprint(
     written, known = _read_classes(classes, head), _read_moments(moments, head)
     _check_shrinkage(shrinkage)
     class_weight = read_objective({"class_weight": class_weight}, head.num_classes).class_weight
-    if classes is not None and shrinkage is None:
-        shrinkage = _shrinkage(known)
     only_prototypes = classes is not None or shrinkage == 1
+    if shrinkage is None and (known or only_prototypes):
+        shrinkage = next(iter(known.values()))["shrinkage"].item() if known else 1.0
     with full_precision(head.seen.device):
         fixed = only_prototypes or not head.centered
         origins = known or (origins_at(head.in_features, _centers(head)) if fixed else None)
@@ -57,47 +56,37 @@ def imprint(
             raise ValueError("Expected at least one row with a label and a modality, but got none.")
         _check_one_label(known, sample)
         sums = plus(new, known) if known else new
-        fit = None if only_prototypes else _fit(head, sums, sample, shrinkage, class_weight)
-        if fit is None:
-            alone = not (only_prototypes or known)  # Each row is the only one of its class.
-            shrinkage = _shrinkage(known) if shrinkage is None else float(shrinkage)
-            fit = _fit_prototypes(head, sums, sample, 1.0 if alone else shrinkage, alone)
+        if only_prototypes or known:  # What earlier rows chose stays: later ones may be few.
+            centers = _centers(head) if only_prototypes else _means(head, sums)
+            gamma = 0.0 if shrinkage is None else float(shrinkage)
+            fit = Fit(prototypes(sums, centers, _is_within(head, sample), gamma), gamma, centers)
+        else:
+            fit = _fit(head, sums, sample, shrinkage, class_weight)
     some = write_known(head.prototypes, fit.prototypes, written)
     counts = torch.stack([x["total"][-1] for x in new.values()])
     head.seen += torch.where(some, counts, 0) * head._masks
-    if fit.scale is not None and fit.centers is not None:
-        head.scale.copy_(fit.scale)
-        _write_center(head, sums, sample, fit.centers, fit.bias)
-    elif head.centered and classes is not None and not written.all():  # A bias that is like the others.
-        head.bias.copy_(torch.where(written, head.bias[~written].mean(), head.bias))
+    _write_rest(head, sums, sample, fit, written)
     for x in sums.values():
         x["shrinkage"] = counts.new_tensor(fit.shrinkage)
     return sums
 
 
-def _fit(head: Any, sums: Moments, sample: Rows, shrinkage: float | None, class_weight: Tensor | None) -> Fit | None:
-    """The whole head; None where no row can be held out."""
+def _fit(head: Any, sums: Moments, sample: Rows, shrinkage: float | None, class_weight: Tensor | None) -> Fit:
+    """The whole head; only class means where no row can be held out, since each is the only one of its class."""
     centers, within, masks = _means(head, sums), _is_within(head, sample), head._masks > 0
     known = torch.stack([x.any() for x in prototypes(sums, centers, within, 1)])
     case, block = block_index(sample.present, masks, (head.seen > 0) | (masks & known))
-    sample = sample._replace(present=block >= 0)  # What has no prototypes in a row's case says nothing.
+    rows = sample._replace(present=block >= 0)  # What has no prototypes in a row's case says nothing.
     with torch.inference_mode(False), torch.no_grad():
         weight = None if class_weight is None else class_weight.clone()  # It may be of inference mode.
-        choice = choose(sums, sample, centers, within, case, len(head.cases), shrinkage, weight, head.centered)
-    if choice is None:
-        return None
-    return Fit(
-        prototypes(sums, centers, within, choice.shrinkage), choice.shrinkage, centers, choice.scale, choice.bias
-    )
-
-
-def _fit_prototypes(head: Any, sums: Moments, sample: Rows, shrinkage: float, alone: bool) -> Fit:
-    """Prototypes for the center that the head has."""
-    centers, rows = _centers(head), torch.stack([x["total"][-1] for x in sums.values()])
-    if alone and torch.equal(rows, sample.present.sum(0).to(rows)):  # A row at the mean of all says nothing from there.
+        choice = choose(sums, rows, centers, within, case, len(head.cases), shrinkage, weight, head.centered)
+    if choice is not None:
+        return Fit(prototypes(sums, centers, within, choice.shrinkage), choice.shrinkage, centers, choice)
+    centers, counts = _centers(head), torch.stack([x["total"][-1] for x in sums.values()])
+    if torch.equal(counts, sample.present.sum(0).to(counts)):  # A row at the mean of all says nothing from there.
         sums = empty(origins_at(sums, centers), head.num_classes)
         add(sums, sample)
-    return Fit(prototypes(sums, centers, _is_within(head, sample), shrinkage), float(shrinkage))
+    return Fit(prototypes(sums, centers, within, 1.0), 1.0, centers)
 
 
 def _is_within(head: Any, sample: Rows) -> bool:
@@ -123,13 +112,21 @@ def _means(head: Any, sums: Moments) -> list[Tensor]:
     return [torch.where(x["total"][-1] > 0, mean, center) for x, mean, center in each]
 
 
-def _write_center(head: Any, sums: Moments, sample: Rows, centers: list[Tensor], bias: Tensor | None) -> None:
+def _write_rest(head: Any, sums: Moments, sample: Rows, fit: Fit, written: Tensor) -> None:
+    """Scale and bias, if they are chosen; the center; and, where only some classes are written, their bias."""
+    if fit.choice is not None:
+        head.scale.copy_(fit.choice.scale)
     if not head.centered:
         return
-    head.bias.copy_(bias)
-    head.center.copy_(torch.cat(centers))
+    if fit.choice is not None:
+        head.bias.copy_(fit.choice.bias)
+    elif not written.all():  # It is like the others.
+        head.bias.copy_(torch.where(written, head.bias[~written].mean(), head.bias))
+    if torch.equal(center := torch.cat(fit.centers), head.center):
+        return
+    head.center.copy_(center)
     rows = torch.stack([x["total"][-1] for x in sums.values()])
-    each = zip(by_modality(sample, map(len, centers)), centers, strict=True)
+    each = zip(by_modality(sample, map(len, fit.centers)), fit.centers, strict=True)
     distances = [torch.linalg.vector_norm(x.to(center) - center, dim=1) for (x, _), center in each]
     spread = torch.stack([distance.sum() / max(1, len(distance)) for distance in distances])
     head.center_rows.copy_(torch.where(rows > 0, rows.clamp(max=WINDOW), head.center_rows))
