@@ -93,11 +93,6 @@ def _is_within(head: Any, sample: Rows) -> bool:
     return head.centered and not sample.labels.is_floating_point()
 
 
-def _shrinkage(known: Moments) -> float:
-    """What was chosen for earlier rows; class means if there are none."""
-    return next(iter(known.values()))["shrinkage"].item() if known else 1.0
-
-
 def _centers(head: Any) -> list[Tensor]:
     """(D_m,) of each modality; zeros of a head without."""
     center = head.center if head.centered else head.seen.new_zeros(sum(head.in_features.values()))

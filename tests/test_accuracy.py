@@ -102,9 +102,27 @@ def test_heads_are_what_their_names_say():
         "cosine head": (shared, {32}, False),
         "paper, no prototype loss": (every, {32}, False),
         "paper": (every, {32}, False),
+        "closed form": (shared, {20}, True),
         "protohead, decoupled": (every, {20}, True),
         "protohead": (shared, {20}, True),
     }
+
+
+def test_the_closed_form_is_not_trained(monkeypatch, tmp_path):
+    data = load(written(tmp_path / "a.npz", rows=240))
+    training, validation = (accuracy.rows_of(data, split, "all", 0.3, 0) for split in ("train", "val"))
+    monkeypatch.setattr(METHODS["closed form"], "loss", None)
+    ((name, (_, _, epoch, model)),) = accuracy.train("closed form", data, training, validation, 0.5, 0, 15).items()
+    assert (name, epoch) == ("closed form", 0)
+    head = accuracy.METHODS["protohead"](data.widths, data.num_classes).head
+    rows = torch.bincount(training.labels, minlength=data.num_classes).clamp(min=1)
+    head.imprint(*(training.features, training.labels, training.present), class_weight=rows**-0.5)
+    torch.testing.assert_close(model.head.prototypes["image"], head.prototypes["image"])
+    torch.testing.assert_close(model.head.bias, head.bias)
+    started = ABLATIONS["protohead, from the closed form"](data.widths, data.num_classes)
+    started.start(*training)
+    assert started.head.scale.tolist() == [20]
+    assert started.head.center.any()
 
 
 def test_every_method_learns():

@@ -3,6 +3,7 @@
 import csv
 import sys
 
+import closed_form
 import encoders
 import open_clip
 import prompts
@@ -99,3 +100,42 @@ def test_prompts(monkeypatch, capsys):
         "present rows",
         "present rows, sub-cases",
     ]
+
+
+def test_closed_form(monkeypatch, capsys):
+    monkeypatch.setattr("shots.EPOCHS", 1)
+    monkeypatch.setattr("shots.LEARNING_RATES", (0.01,))
+    call(monkeypatch, closed_form, "--seeds", 1)
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ")]
+    assert names[1:6] == ["class means", "Ledoit-Wolf", "OAS", "held-out rows", "trained"]
+    assert names[7:10] == ["all anew", "with the sums kept", "without"]
+    assert len(names[11:]) == 6
+    loss = {line.split(" | ")[0]: float(line.split(" | ")[6].split(" ± ")[0]) for line in lines[5:10]}
+    assert loss["| held-out rows"] < min(loss["| class means"], loss["| trained"])
+
+
+def test_distances_of_unknown_rows_by_a_plain_formula():
+    generator = torch.Generator().manual_seed(0)
+    labels, present = torch.arange(40) % 2, torch.ones(40, 1, dtype=torch.bool)
+    x = torch.randn(40, 3, generator=generator) + 2 * torch.eye(3)[labels]
+    head = closed_form.DecoupledPrototypeHead({"a": 3}, 2)
+    head.imprint({"a": x}, labels, present)
+    rows = closed_form.Rows({"a": x}, present, labels)
+    found, _ = closed_form.distances(head, 0.3, rows, rows)
+    unit = torch.nn.functional.normalize(x.double() - head.center, dim=1)
+    means = torch.stack([unit[labels == k].mean(0) for k in range(2)])
+    spread = sum(torch.outer(row - means[k], row - means[k]) for row, k in zip(unit, labels, strict=True)) / 40
+    inverse = torch.linalg.inv(0.7 * spread + 0.3 * spread.trace() / 3 * torch.eye(3))
+    for i in range(40):
+        expected = min(float((unit[i] - mean) @ inverse @ (unit[i] - mean)) / 3 for mean in means)
+        assert found[i].item() == pytest.approx(expected)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Memory is read from /proc.")
+def test_cost_of_the_closed_form(capsys):
+    closed_form.cost(10_000, 8, 3)
+    rows, width, classes, seconds, _, memory = capsys.readouterr().out.strip("| \n").split(" | ")
+    assert (rows, width, classes) == ("10,000", "8", "3")
+    assert float(seconds) < 60
+    assert float(memory) > 0
