@@ -173,8 +173,8 @@ def verdict(r: Results) -> list[str]:
     lines = [
         f"{len(r.methods)} classifiers on the same frozen features of {data}, with",
         f"{rates} % of the rows lacking a modality. The seeds are of missing tables, initialisation and order of rows,",
-        "and where data are averaged those that all have. Every method had the same learning rates and epochs to",
-        "choose from, by macro-F1 on the",
+        "and where data are averaged those that all have. Every method that is trained had the same learning rates and",
+        "epochs to choose from, by macro-F1 on the",
         "validation split; all scores are of the test split, in percent; ± is the standard deviation of our own over",
         "seeds. A cell is a data set with a kind and rate of missing modality, alike in training and test; there are",
         f"{len(r.every)}. Intervals (95 %, Student's t, paired by seed) show the luck of the seed, not how other data",
