@@ -59,7 +59,7 @@ def fit_temperature(
         >>> noise = torch.randn(90, 6, generator=torch.Generator().manual_seed(0))
         >>> features = torch.eye(3)[labels].repeat(1, 2) + noise
         >>> present = torch.tensor([[True, True], [True, False], [False, True]]).repeat_interleave(30, 0)
-        >>> head.imprint(features, labels, present)
+        >>> _ = head.imprint(features, labels, present, shrinkage=1)
         >>> logits = head.eval()(features, present).detach()
         >>> temperatures = fit_temperature(logits, labels, present, head.modalities, head.seen_cases)
         >>> {case: round(T, 1) for case, T in temperatures.items()}
