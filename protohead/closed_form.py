@@ -92,12 +92,11 @@ def choose(
     moments: Moments,
     sample: Rows,
     centers: list[Tensor],
-    within: bool,
+    centered: bool,
     case: Tensor,
     cases: int,
     shrinkage: float | None,
     class_weight: Tensor | None,
-    biased: bool,
 ) -> Choice | None:
     """What gives the least classification loss of rows that are held out, in turn: first γ, then scale and bias.
 
@@ -107,17 +106,16 @@ def choose(
         moments: As in :func:`prototypes`.
         sample: Some of their rows; without modalities that have no prototypes in a row's case.
         centers: As in :func:`prototypes`.
-        within: As in :func:`prototypes`.
+        centered: Whether the head has a center and a bias.
         case: (N,) int64, which scale each row of the sample has.
         cases: C.
         shrinkage: γ if it is known.
         class_weight: (K,), of the loss.
-        biased: Whether there is a bias.
 
     Returns:
         None where no row can be held out: each is the only one of its class.
     """
-    folds = _held_out(moments, sample, centers, within)
+    folds = _held_out(moments, sample, centers, centered and not sample.labels.is_floating_point())
     known, labels = sample.present.any(1), sample.labels
     if not labels.is_floating_point():  # A class whose rows are all in one fold is not known without it.
         known = torch.zeros_like(known)
@@ -126,7 +124,7 @@ def choose(
     if len(known) < 2 or not known.any():
         return None
     labels, case = labels[known], case[known]
-    prior = _prior(labels, len(folds[0].solution.means), class_weight) * biased
+    prior = _prior(labels, len(folds[0].solution.means), class_weight) * centered
 
     def loss(logits: Tensor) -> Tensor:
         losses, weights = classification_loss(logits, labels, class_weight)
@@ -138,7 +136,7 @@ def choose(
 
     shrinkage = min(SHRINKAGE, key=least) if shrinkage is None else shrinkage
     cosine = _cosines(folds, sample, shrinkage)[known]
-    return Choice(shrinkage, *_calibrate(cosine, loss, case, cases, prior, biased))
+    return Choice(shrinkage, *_calibrate(cosine, loss, case, cases, prior, centered))
 
 
 def _held_out(moments: Moments, sample: Rows, centers: list[Tensor], within: bool) -> list[_Fold]:

@@ -45,8 +45,6 @@ def imprint(
     _check_shrinkage(shrinkage)
     class_weight = read_objective({"class_weight": class_weight}, head.num_classes).class_weight
     only_prototypes = classes is not None or shrinkage == 1
-    if shrinkage is None and (known or only_prototypes):
-        shrinkage = next(iter(known.values()))["shrinkage"].item() if known else 1.0
     with full_precision(head.seen.device):
         fixed = only_prototypes or not head.centered
         origins = known or (origins_at(head.in_features, _centers(head)) if fixed else None)
@@ -58,7 +56,8 @@ def imprint(
         sums = plus(new, known) if known else new
         if only_prototypes or known:  # What earlier rows chose stays: later ones may be few.
             centers = _centers(head) if only_prototypes else _means(head, sums)
-            gamma = 0.0 if shrinkage is None else float(shrinkage)
+            earlier = next(iter(known.values()))["shrinkage"].item() if known else 1.0
+            gamma = earlier if shrinkage is None else float(shrinkage)
             fit = Fit(prototypes(sums, centers, _is_within(head, sample), gamma), gamma, centers)
         else:
             fit = _fit(head, sums, sample, shrinkage, class_weight)
@@ -79,7 +78,7 @@ def _fit(head: Any, sums: Moments, sample: Rows, shrinkage: float | None, class_
     rows = sample._replace(present=block >= 0)  # What has no prototypes in a row's case says nothing.
     with torch.inference_mode(False), torch.no_grad():
         weight = None if class_weight is None else class_weight.clone()  # It may be of inference mode.
-        choice = choose(sums, rows, centers, within, case, len(head.cases), shrinkage, weight, head.centered)
+        choice = choose(sums, rows, centers, head.centered, case, len(head.cases), shrinkage, weight)
     if choice is not None:
         return Fit(prototypes(sums, centers, within, choice.shrinkage), choice.shrinkage, centers, choice)
     centers, counts = _centers(head), torch.stack([x["total"][-1] for x in sums.values()])
