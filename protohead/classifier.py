@@ -1,7 +1,7 @@
 """A whole model: encoders that run on the rows that have their modality, and a head on what they say."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -10,15 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from protohead.checkpoint import frozen_modules, load_model, save_model
+from protohead.encoding import Encoder, check_inputs, encode_present, encode_rows, joint_rows
 from protohead.head import DecoupledPrototypeHead
-from protohead.inputs import Present, check_inputs, check_labels, select_rows
+from protohead.inputs import Present, check_labels
 from protohead.objective import Objective, encode_subcases, read_objective
-from protohead.raw import raw_hint
 from protohead.sharding import has_ranks, is_collective, run_blank, zero_of
 
-__all__ = ["PrototypeClassifier", "encode_rows", "joint_rows"]
-
-Encoder = Callable[..., Any]
+__all__ = ["PrototypeClassifier"]
 
 
 class PrototypeClassifier(nn.Module):
@@ -119,7 +117,7 @@ class PrototypeClassifier(nn.Module):
         """
         mask, rows = check_inputs(inputs, present, self.head.modalities), None
         if objective is not None and labels is not None and self._is_by_case():
-            check_labels(labels, len(mask), self.head.num_classes)
+            check_labels(labels, mask.shape[0], self.head.num_classes)
             rows, mask, objective = encode_subcases(mask, read_objective(objective, self.head.num_classes))
             labels = labels[rows.to(labels.device)]
         features = self._encode(inputs, mask, rows)
@@ -203,22 +201,17 @@ class PrototypeClassifier(nn.Module):
 
     def _encode(self, inputs: Mapping[str, Any], present: Tensor, rows: Tensor | None = None) -> dict[str, Tensor]:
         """The features of a batch, or of these rows of it, in cases that they could be."""
-        widths, batch = self.head.in_features, len(present)
+        widths, batch = self.head.in_features, present.shape[0]  # len() would fix the batch size of an exported graph.
         if self._joint:
             columns = dict(zip(widths, present.T, strict=True))
             encoder = self._encoder(self.head.modalities[0])
             features = joint_rows(encoder if rows is None else partial(encoder, rows=rows), inputs, columns)
         else:
             features = {}
-            for m, name in enumerate(widths):
-                index = present[:, m].nonzero()[:, 0]
-                if len(index) == 0:
-                    features[name] = torch.zeros(batch, widths[name], device=self._device()) + self._join(name, inputs)
-                    continue
-                some = None if len(index) == batch else index
-                x = encode_rows(name, self._encoder(name), select_rows(inputs[name], some, batch), len(index))
-                if some is not None:
-                    x = x.new_zeros(batch, x.shape[1]).index_copy(0, index.to(x.device), x)
+            for m, (name, width) in enumerate(widths.items()):
+                x = encode_present(name, self._encoder(name), inputs.get(name), present[:, m])
+                if x is None:
+                    x = torch.zeros(batch, width, device=self._device()) + self._join(name, inputs)
                 features[name] = x
         for name, width in widths.items():
             if features[name].shape != (batch, width):
@@ -243,44 +236,3 @@ class PrototypeClassifier(nn.Module):
                 [run_blank(module, partial(encode_rows, name, encoder, count=1), name, inputs)], self._device()
             )
         return zero_of([p for p in module.parameters() if p.requires_grad], self._device())
-
-
-def encode_rows(name: str, encoder: Encoder, rows: Any, count: int) -> Tensor:
-    """What an encoder says of `count` rows: (count, D) features.
-
-    Raises:
-        ValueError: If it returns anything else.
-        TypeError: If it cannot take texts or pictures that nobody has prepared.
-    """
-    try:
-        out = encoder(**rows) if isinstance(rows, Mapping) else encoder(rows)
-    except Exception as error:
-        # An encoder of one's own may take texts, or pictures: only now it is known.
-        if isinstance(error, (AttributeError, TypeError)) and (hint := raw_hint(name, rows)):
-            raise TypeError(f"Expected inputs of {name!r} that its encoder takes, but {hint}.") from error
-        if hasattr(error, "add_note"):  # From Python 3.11 on. The shapes in the message are not those of the batch.
-            error.add_note(f"This was the encoder of {name!r}, given the {count} rows that have it.")
-        raise
-    return _features(name, out, count)
-
-
-def joint_rows(encoder: Encoder, inputs: Mapping[str, Any], present: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a joint encoder says of all rows: name to (B, D_m) features.
-
-    Raises:
-        ValueError: If it returns anything else.
-    """
-    out = encoder(inputs, present)
-    if not isinstance(out, Mapping) or set(out) != set(present):
-        got = tuple(out) if isinstance(out, Mapping) else type(out).__name__
-        raise ValueError(f"Expected the joint encoder to return features of {tuple(present)}, but got {got}.")
-    return {name: _features(name, out[name], len(column)) for name, column in present.items()}
-
-
-def _features(name: str, out: Any, count: int) -> Tensor:
-    x = getattr(out, "pooler_output", out)
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() != 2 or len(x) != count:
-        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(out).__name__
-        wanted = f"({count}, D) floating-point features of {count} rows, or an object with such `pooler_output`"
-        raise ValueError(f"Expected the encoder of {name!r} to return {wanted}, but got {got}.")
-    return x

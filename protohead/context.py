@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["full_precision", "is_eager", "is_readable", "is_transformed", "widest"]
+__all__ = ["full_precision", "is_eager", "is_readable", "is_recorded", "is_transformed", "widest"]
 
 
 def is_transformed() -> bool:
@@ -16,10 +16,15 @@ def is_transformed() -> bool:
     return transformed
 
 
-def is_eager() -> bool:
-    """Whether no graph is recorded, which would keep the values that are read."""
+def is_recorded() -> bool:
+    """Whether a graph is recorded, as by torch.compile, torch.export and torch.jit.trace: it cannot follow values."""
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
-    return not (tracing or torch.compiler.is_compiling() or is_transformed())
+    return tracing or torch.compiler.is_compiling()
+
+
+def is_eager() -> bool:
+    """Whether the code runs as it stands."""
+    return not (is_recorded() or is_transformed())
 
 
 def is_readable(x: Tensor) -> bool:

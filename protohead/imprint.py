@@ -10,8 +10,8 @@ from torch import Tensor
 from protohead.cases import block_index
 from protohead.center import WINDOW
 from protohead.closed_form import Choice, choose, prototypes
-from protohead.context import full_precision, widest
-from protohead.inputs import check_finite, check_labels, read_features
+from protohead.context import full_precision, is_readable, widest
+from protohead.inputs import check_features, check_labels, read_features
 from protohead.moments import CHUNK, Moments, Rows, add, by_modality, collect, empty, means, origins_at, plus
 from protohead.objective import read_objective
 from protohead.prototypes import write_known
@@ -145,10 +145,10 @@ def _read_rows(head: Any, features: Any, labels: Tensor | None, present: Any) ->
 
 
 def _read_batch(head: Any, features: Any, labels: Tensor, present: Any, where: str) -> Iterator[Rows]:
-    rows, mask = read_features(features, present, head.in_features, head.seen.device)
+    rows, mask = read_features(features, present, head.in_features, head.seen.device, where)
     check_labels(labels, len(mask), head.num_classes, head.seen.device)
-    for name, x, here in zip(head.modalities, rows, mask.T, strict=True):
-        check_finite(f"features of {name!r}{where}", x, here)
+    if not is_readable(mask):  # Else they have been checked.
+        check_features(head.modalities, rows, mask, where)
     counts, dtype = mask.any(1), widest(*rows)
     if not labels.is_floating_point():
         counts &= labels != IGNORED

@@ -14,7 +14,7 @@ from torch import Tensor
 from protohead.calibration import fit_temperature
 from protohead.cases import case_names
 from protohead.head import DecoupledPrototypeHead
-from protohead.inputs import Features, check_finite, read_features
+from protohead.inputs import Features, check_features, read_features
 from protohead.labelled import one_hot, read_batch, read_labels
 
 __all__ = ["Report", "contributions_by_class", "evaluate", "fit_temperature"]
@@ -158,8 +158,7 @@ def contributions_by_class(
     """
     rows, present = read_features(features, present, head.in_features, head.seen.device)
     labels, _, _ = read_labels(labels, len(present), head.num_classes)
-    for m, name in enumerate(head.modalities):
-        check_finite(f"features of {name!r}", rows[m], present[:, m])
+    check_features(head.modalities, rows, present)  # On devices, too.
     total = torch.zeros(len(rows), head.num_classes, dtype=torch.float64)
     count = torch.zeros_like(total)
     for *some, here, label in zip(*(x.split(4096) for x in (*rows, present, labels)), strict=True):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protohead.center import update_center
-from protohead.context import is_readable, is_transformed
+from protohead.context import is_readable, is_recorded, is_transformed
 from protohead.logits import head_logits
 from protohead.sharding import sum_between_ranks
 from protohead.untrained import warn_of_eval_mode
@@ -166,7 +166,7 @@ def encode_subcases(present: Tensor, objective: Objective) -> tuple[Tensor, Tens
     """As :func:`add_subcases`, before the rows are encoded: for features that depend on the missing case.
 
     Args:
-        present: (B, M) bool on the CPU.
+        present: (B, M) bool; on the CPU, but in a recorded graph, where all rows have sub-cases, maybe with nothing.
         objective: The options.
 
     Returns:
@@ -178,7 +178,7 @@ def encode_subcases(present: Tensor, objective: Objective) -> tuple[Tensor, Tens
         ([0, 1, 1, 1], [[False, True], [True, False]])
     """
     rows, (first, second) = torch.arange(len(present), device=present.device), split_modalities(present)
-    some = first.any(1).nonzero()[:, 0]
+    some = rows if is_recorded() else first.any(1).nonzero()[:, 0]
     whole, weight = len(some), objective.subcase_weight
     if not weight:
         some = some[:0]

@@ -100,7 +100,7 @@ class DcpPrompts(nn.Module):
 
     def _insert(self, tokens: Tensor, modality: str, prompts: Tensor, query: Tensor) -> Tensor:
         x = tokens.to(query.dtype)
-        dynamic = self.attention[modality](query.expand(len(x), -1, -1), x, x, need_weights=False)[0]
+        dynamic = self.attention[modality](query.expand(x.shape[0], -1, -1), x, x, need_weights=False)[0]
         return put_in_front(put_in_front(tokens, dynamic), prompts)
 
 
@@ -145,7 +145,7 @@ class MapPrompts(nn.Module):
 
 def put_in_front(tokens: Tensor, prompts: Tensor) -> Tensor:
     """(n, L, W) tokens behind (P, W) or (n, P, W) prompts, in the tokens' dtype: a tower may be in half precision."""
-    return torch.cat([prompts.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
+    return torch.cat([prompts.to(tokens.dtype).expand(tokens.shape[0], -1, -1), tokens], dim=1)
 
 
 def _replace(tokens: Tensor, prompts: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ class Blocks(nn.Module):
     def _grow(self, mask: Tensor, count: int) -> Tensor:
         """A mask, 0 or True where one may look, for prompts in front: all see them, and they see what a token may."""
         if mask.dim() == 2 and not mask.is_floating_point():  # (n, L), of flash attention.
-            return torch.cat([mask.new_ones(len(mask), count), mask], dim=1)
+            return torch.cat([mask.new_ones(mask.shape[0], count), mask], dim=1)
         seen, hidden = (True, False) if mask.dtype == torch.bool else (0.0, -torch.inf)
         columns = torch.cat([mask.new_full((*mask.shape[:-1], count), seen), mask], dim=-1)
         if mask.shape[-2] == 1:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from protohead.inputs import blank_row
+from protohead.encoding import blank_row
 
 __all__ = [
     "from_all_ranks",

@@ -504,6 +504,6 @@ def test_contributions_refuse_what_is_wrong():
     with pytest.raises(ValueError, match="finite features of 'text', but row 1 has others"):
         contributions_by_class(head, features, labels)
     with pytest.raises(ValueError, match=r"in \[0, 3\), or -100, but got 3 in row 0"):
-        contributions_by_class(head, features, labels + 3)
+        contributions_by_class(head, torch.ones(2, 7), labels + 3)
     with pytest.raises(ValueError, match=r"\(B, 7\)"):
         contributions_by_class(head, features[:, :5], labels)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from protohead.adapters.probe import parameters_of, try_encoders
-from protohead.inputs import check_inputs, select_rows
+from protohead.encoding import check_inputs, select_rows
 
 __all__ = ["add_extra", "check_extra", "without"]
 

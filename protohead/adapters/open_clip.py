@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from protohead.classifier import Encoder
+from protohead.encoding import Encoder
 
 LOOKED_FOR = (
     "open_clip's models: methods `encode_image` and `encode_text`, and attributes `visual` and `context_length`"

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from protohead.classifier import encode_rows, joint_rows
-from protohead.inputs import check_inputs, select_rows
+from protohead.encoding import check_inputs, encode_rows, joint_rows, select_rows
 
 __all__ = ["chosen_parameters", "parameters_of", "try_encoders"]
 

@@ -6,7 +6,6 @@ but while a prompted call runs. The names in the model's state_dict do not chang
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -14,138 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from protohead.adapters import open_clip, transformers
-from protohead.classifier import encode_rows
-from protohead.context import is_transformed
-from protohead.inputs import batch_size, select_rows
-from protohead.prompts import COMPLETE, MODALITIES, Blocks, DcpPrompts, Edit, MapPrompts
-from protohead.sharding import has_ranks, is_collective, is_sharded, run_blank, sum_between_ranks, zero_of
+from protohead.adapters.prompted import PromptedTowers
+from protohead.prompts import COMPLETE, MODALITIES, Blocks, DcpPrompts, MapPrompts
 
-__all__ = ["PromptedTowers", "Towers", "put_on", "read_towers", "tower_widths"]
+__all__ = ["Towers", "put_on", "read_towers", "tower_widths"]
 
 SUPPORTED = (
     "open_clip's CLIP, CustomTextCLIP and CoCa whose towers are its own transformers (no ResNet, timm or Hugging Face "
     "towers), and transformers' CLIPModel, SiglipModel and Siglip2Model"
 )
 PROMPTS: dict[str, Callable[..., nn.Module]] = {"dcp": DcpPrompts, "map": MapPrompts}
-
-
-class PromptedTowers(nn.Module):
-    """A joint encoder for :class:`~protohead.PrototypeClassifier`: two towers and their prompts.
-
-    Each tower runs once, on the rows that have its modality, with the prompts of each row's missing case.
-
-    Args:
-        towers: The module that encodes.
-        methods: Name of a modality to the name of its encoder among the methods of `towers`.
-        paths: Name of a modality to the path in `towers` of its :class:`~protohead.prompts.Blocks`.
-        prompts: The prompt module.
-        in_features: Name of a modality to the width of its features.
-
-    Attributes:
-        seen: (2, 2) buffer: how many rows of image and text, complete and alone, training has had. In eval mode a case
-            that it has not had uses the prompts of the complete case, and that one, if only it was not had, those of
-            the modality alone.
-    """
-
-    seen: Tensor
-    by_case = True  # What the features of a row are depends on what else the row has.
-
-    def __init__(
-        self,
-        towers: nn.Module,
-        methods: Mapping[str, str],
-        paths: Mapping[str, str],
-        prompts: nn.Module,
-        in_features: Mapping[str, int],
-    ) -> None:
-        super().__init__()
-        self.towers, self.prompts = towers, prompts
-        self.methods, self.paths, self.in_features = dict(methods), dict(paths), dict(in_features)
-        device = next(towers.parameters()).device
-        self.register_buffer("seen", torch.zeros(2, 2, dtype=torch.int64, device=device))
-
-    def forward(
-        self, inputs: Mapping[str, Any], present: Mapping[str, Tensor], rows: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """The features of B rows, zeros where a modality is missing.
-
-        Args:
-            inputs: As in :class:`~protohead.PrototypeClassifier`.
-            present: Name of a modality to its (B,) bool column.
-            rows: (B,) int64: which rows of the inputs these are, one of them maybe several times; by default each once.
-
-        Returns:
-            Name to (B, D_m).
-        """
-        columns = {name: present[name].cpu() for name in MODALITIES}
-        complete = columns["image"] & columns["text"]
-        if has_ranks():
-            self._check_shards()
-        # Rows of one case stand together; the complete case comes first.
-        groups = {name: [complete, column & ~complete] for name, column in columns.items()}
-        counts = {name: [int(group.sum()) for group in groups[name]] for name in MODALITIES}
-        self._mark(counts)
-        features = {}
-        for name in present:
-            index = torch.cat([group.nonzero()[:, 0] for group in groups[name]])
-            every = len(complete) in counts[name]  # All of one case: they stand as they are.
-            source = rows if every else index if rows is None else rows[index]
-            x = self._encode(name, inputs, source, counts[name])
-            features[name] = x if every else x.new_zeros(len(complete), x.shape[1]).index_copy(0, index.to(x.device), x)
-        if has_ranks():  # Each rank may have other cases, but needs all prompts.
-            zero = zero_of([p for p in self.parameters() if p.requires_grad and not is_sharded(p)], self.seen.device)
-            features = {name: x + zero for name, x in features.items()}
-        return features
-
-    def _mark(self, counts: Mapping[str, list[int]]) -> None:
-        """In training, mark the cases as seen; else count rows of a case that was not as those of the other."""
-        if self.training:
-            if torch.is_grad_enabled() and not is_transformed():  # Not where features are cached.
-                new = torch.tensor([counts[name] for name in MODALITIES], device=self.seen.device)
-                self.seen += sum_between_ranks(new, self)
-        else:
-            for name, seen in zip(MODALITIES, self.seen.tolist(), strict=True):
-                if all(seen) != any(seen):
-                    counts[name][:] = [sum(counts[name]) if x else 0 for x in seen]
-
-    def _encode(self, name: str, inputs: Mapping[str, Any], source: Tensor | None, counts: list[int]) -> Tensor:
-        """(n, D) features of some rows of the inputs, or all; the first as complete rows, the others as alone."""
-        encoder: Callable[..., Any] = getattr(self.towers, self.methods[name])
-        blocks: Any = self.towers.get_submodule(self.paths[name])
-        run, count = partial(encode_rows, name, encoder), sum(counts)
-        if count:
-            x = inputs[name]
-            with blocks.prompted(self._edits(name, counts)):
-                return run(rows=select_rows(x, source, batch_size(name, x)), count=count)
-        if has_ranks() and is_collective(self.towers, name):
-            with blocks.prompted(self._edits(name, [1, 0])):
-                return run_blank(self.towers, partial(run, count=1), name, inputs)[:0]
-        return torch.zeros(0, self.in_features[name], device=self.seen.device)
-
-    def _check_shards(self) -> None:
-        from torch.distributed.fsdp import FSDPModule
-
-        if isinstance(self.prompts, FSDPModule):  # Its calls, as many as the rank has cases, would be collectives.
-            raise RuntimeError("Expected `fully_shard` on the model, not on its prompts alone: ranks have other cases.")
-
-    def _edits(self, name: str, counts: list[int]) -> list[Edit]:
-        """The functions of the cases that the rows have; made once a case."""
-        cases = {case: count for case, count in zip((COMPLETE, name), counts, strict=True) if count}
-        each = [self.prompts(name, case) for case in cases]
-        if len({len(edits) for edits in each}) > 1:
-            got = {case: len(edits) for case, edits in zip(cases, each, strict=True)}
-            raise ValueError(f"Expected as many prompt functions for each case of {name!r}, but got {got}.")
-        if len(each) == 1:
-            return list(each[0])
-        return [partial(_edit_groups, edits=edits, counts=[*cases.values()]) for edits in zip(*each, strict=True)]
-
-
-def _edit_groups(tokens: Tensor, edits: tuple[Edit, ...], counts: list[int]) -> Tensor:
-    parts = tokens.split(counts)
-    return torch.cat([edit(part) for edit, part in zip(edits, parts, strict=True)])
-
-
-# -- which towers -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

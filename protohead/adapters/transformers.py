@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from protohead.classifier import Encoder
+from protohead.encoding import Encoder
 from protohead.raw import raw_hint
 
 LOOKED_FOR = "transformers' models: methods `get_image_features` and `get_text_features`; or ViLT's `config.model_type`"
