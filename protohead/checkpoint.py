@@ -128,7 +128,8 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, st
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         what = f"Expected a safetensors file, but {path} cannot be read ({error})"
-        raise ValueError(f"{what}; what torch.save wrote takes torch.load.") from None
+        advice = "load_head(torch.load(path)), or model.load_state_dict(torch.load(path))"
+        raise ValueError(f"{what}; what torch.save wrote takes torch.load, as in {advice}.") from None
 
 
 def _read_samples(metadata: Mapping[str, str], path: str | os.PathLike[str]) -> dict[str, list[float]]:

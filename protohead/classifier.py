@@ -99,7 +99,8 @@ class PrototypeClassifier(nn.Module):
             inputs: Name of a modality to what its encoder takes, for all B rows: a tensor, a mapping of tensors (such
                 as a tokenizer's output), or a list with None, or pandas' NaN, for missing rows. A list of tensors
                 reaches the encoder stacked, any other as a list. A modality that is None or left out is missing in
-                every row. Encoders are given the rows that are present, in their dtype.
+                every row. Encoders are given the rows that are present, in their dtype; in a recorded graph, which
+                takes tensors only, every row, with blanks where a modality is missing.
             present: (B, M) bool, columns in the order of ``head.modalities``, best on the CPU, where it is read; or
                 columns by name. By default a modality is present in a row unless it is None in a list, or all zeros in
                 a tensor (in all the tensors of a mapping). What stands in a missing row is never encoded.

@@ -117,7 +117,8 @@ class DecoupledPrototypeHead(nn.Module):
 
         Args:
             features: Name to (B, D_m) features, or one (B, ΣD_m) concatenation. A modality that is None or left out is
-                missing in every row. What stands in a missing row reaches neither logits nor gradients.
+                missing in every row. What stands in a missing row reaches neither logits nor gradients; elsewhere NaN
+                and infinity are errors.
             present: (B, M) bool, columns in the order of `modalities`; or columns by name, such as a DataFrame's. By
                 default a modality is present in a row unless its features there are all zeros.
             labels: (B,) int64, where -100 is ignored; or (B, K) float in [0, 1], multi-hot or soft.

@@ -244,5 +244,6 @@ class Blocks(nn.Module):
         rows = columns[..., -1:, :].expand(*mask.shape[:-2], count, -1)
         if self.causal:
             later = torch.ones(count, columns.shape[-1], dtype=torch.bool, device=mask.device).triu(1)
-            rows = rows.masked_fill(later, hidden)
+            # ONNX Runtime has no `where` of booleans.
+            rows = rows & ~later if rows.dtype == torch.bool else rows.masked_fill(later, hidden)
         return torch.cat([rows, columns], dim=-2)

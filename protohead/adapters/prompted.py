@@ -103,7 +103,8 @@ class PromptedTowers(nn.Module):
             if not self.training:  # As in `_mark`. ONNX Runtime has no `where` of booleans.
                 first = (first | (seen[0] & ~seen[1])) & (seen[0] | ~seen[1])
             blocks: Any = self.towers.get_submodule(self.paths[name])
-            x = select_rows(x, rows, batch_size(name, x))
+            if rows is not None:
+                x = select_rows(x, rows, batch_size(name, x))
             with blocks.prompted(self._edits(name, [1, 1], first)):
                 encoded = encode_present(name, getattr(self.towers, self.methods[name]), x, column)
             features[name] = encoded
