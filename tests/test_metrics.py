@@ -341,10 +341,28 @@ def test_torchmetrics_is_needed_for_evaluate_only():
         for name in loaded:
             del sys.modules[name]
         importlib.import_module("protohead")
-        assert not {f"protohead.{name}" for name in ("calibration", "metrics", "simulate", "tables")} & set(sys.modules)
+        assert not {f"protohead.{name}" for name in ("metrics", "simulate", "tables")} & set(sys.modules)
         metrics = importlib.import_module("protohead.metrics")
         with pytest.raises(ImportError, match=r'pip install "protohead\[eval\]"'):
             metrics.evaluate(LOGITS, LABELS, PRESENT, NAMES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("classes", [2, 5, 1000])
+def test_probabilities_are_no_logits(classes, dtype):
+    logits = torch.randn(30, classes, generator=torch.Generator().manual_seed(0)).to(dtype)
+    labels, present = torch.arange(30) % classes, torch.ones(30, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="Expected argument `logits` to be logits, but got probabilities"):
+        evaluate(logits.softmax(1), labels, present, NAMES)
+    evaluate(logits, labels, present, NAMES)
+
+
+def test_some_rows_may_look_like_probabilities():
+    logits, labels, present = single()
+    logits = logits.softmax(1)
+    logits[3] *= 1.5
+    evaluate(logits, labels, present, NAMES)
+    evaluate(torch.ones(60, 1), torch.zeros(60, dtype=torch.int64), present, NAMES)  # One class.
 
 
 # -- contributions_by_class -------------------------------------------------------------------------------------------
