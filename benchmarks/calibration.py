@@ -103,9 +103,12 @@ def run(task: Task, known: dict[tuple[str, ...], dict[str, str]], folder: Path) 
             after = calibrated(logits, test.present, fits)
             errors = {"before": calibration_error(logits, test.labels), "after": calibration_error(after, test.labels)}
             recorded = known[(*key, *line.values())]["ece"]
-            yield dict(zip(KEY, key, strict=True)) | line | {"recorded": recorded} | {
-                name: f"{error:.4f}" for name, error in errors.items()
-            }
+            yield (
+                dict(zip(KEY, key, strict=True))
+                | line
+                | {"recorded": recorded}
+                | {name: f"{error:.4f}" for name, error in errors.items()}
+            )
 
 
 def main() -> None:

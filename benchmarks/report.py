@@ -319,15 +319,15 @@ def calibration(path: Path) -> list[str]:
         return [title, *(" → ".join(map(percent, each[m])) for m in methods)]
 
     lines = [
-        "ECE before → after each model is calibrated on the validation rows: a temperature for each missing case and, for",
-        "several labels, a shift. All are fitted by the function that `head.calibrate` uses. The models are those above, "
-        "trained anew; seeds: " + ", ".join(f"`{m}` {len(seeds[m])}" for m in methods) + ".",
+        "ECE before → after calibration on the validation rows: a temperature for each missing case and, for several",
+        "labels, a shift, found by the function that `head.calibrate` uses. The models are those above, trained anew; how",
+        "many seeds are finished in all data: " + ", ".join(f"`{m}` {len(seeds[m])}" for m in methods) + ".",
         *table(["ECE", *methods], [row(name, [name], ("before", "after")) for name in data]),
     ]
     if len(data) > 1:
         lines[-1:] = [*table(["ECE", *methods], [row("all cells", data, ("before", "after"))])[3:]]
     gaps = row("tested with all, 70 %", data, ("before", "after"), alike=False)
-    lines += ["Trained and calibrated on complete rows, where nothing lacks a modality:", *table(["ECE", *methods], [gaps])]
+    lines += ["Trained and calibrated on complete rows:", *table(["ECE", *methods], [gaps])]
     rows = list[Row]()
     for other in (m for m in methods if m != OURS and seeds[m] and seeds.get(OURS)):
         both = [s for s in seeds[other] if s in seeds[OURS]]

@@ -12,6 +12,8 @@ from test_accuracy import written
 
 from protohead.metrics import evaluate
 
+pytestmark = pytest.mark.filterwarnings("ignore:Temperatures at a bound")  # These texts are noise.
+
 
 @pytest.fixture
 def task(tmp_path):
