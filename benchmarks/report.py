@@ -320,8 +320,8 @@ def calibration(path: Path) -> list[str]:
 
     lines = [
         "ECE before → after calibration on the validation rows: a temperature for each missing case and, for several",
-        "labels, a shift, found by the function that `head.calibrate` uses. The models are those above, trained anew; how",
-        "many seeds are finished in all data: " + ", ".join(f"`{m}` {len(seeds[m])}" for m in methods) + ".",
+        "labels, a shift, found by the function that `head.calibrate` uses. The models are those above, trained anew.",
+        "How many seeds are finished in all data: " + ", ".join(f"`{m}` {len(seeds[m])}" for m in methods) + ".",
         *table(["ECE", *methods], [row(name, [name], ("before", "after")) for name in data]),
     ]
     if len(data) > 1:
