@@ -23,6 +23,7 @@ UNTRAINED, NO_MASK = "paper, no fall-back", "paper, least entropy"
 FEW, THREE = ("linear", "late fusion", "cosine head", "paper", OURS), ("linear", "paper", OURS)
 ALL_ROWS, LACKING, ENOUGH = "all rows", ("all", 0.7), 30  # ENOUGH rows of a case, for its score to say something.
 SHORT = {"linear, modality dropout": "linear, dropout", "paper, no prototype loss": "paper, no proto. loss"}
+CALIBRATED = ("linear", "linear, modality dropout", "late fusion", "cosine head", "paper", "closed form", OURS)
 # What the methods that use the head are, in its own terms.
 HEADS = {
     OURS: 'the head with its defaults, `cases="shared"` (first spelled `cases="image+text"`) and `scale=20`',
@@ -98,11 +99,24 @@ class Results:
         middle = mean(values)
         if len(values) < 2:
             return middle, 0, "–", math.nan
-        error, freedom = float(np.std(values, ddof=1)) / math.sqrt(len(values)), len(values) - 1
-        half = float(student.ppf(0.975, freedom)) * error
+        half, error, freedom = spread(values)
         text = f"{percent(middle - half, '+')} to {percent(middle + half, '+')}"
         p = 2 * float(student.sf(abs(middle) / error, freedom)) if error else float(middle == 0)
         return middle, (middle > half) - (middle < -half), text, p
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, int]:
+    """Half the 95 % interval of a mean by Student's t, its standard error, and the degrees of freedom."""
+    error, freedom = float(np.std(values, ddof=1)) / math.sqrt(len(values)), len(values) - 1
+    return float(student.ppf(0.975, freedom)) * error, error, freedom
+
+
+def interval(values: Sequence[float]) -> str:
+    """95 %, as text."""
+    if len(values) < 2:
+        return "–"
+    middle, half = mean(values), spread(values)[0]
+    return f"{percent(middle - half, '+')} to {percent(middle + half, '+')}"
 
 
 def holm(p_values: Iterable[float], level: float = 0.05) -> float:
@@ -276,6 +290,54 @@ def choice(r: Results) -> list[str]:
     return lines
 
 
+def calibration(path: Path) -> list[str]:
+    """What calibration.py has found, of the data and seeds that are finished."""
+    if not path.exists():
+        return ["Not measured here: calibration.py does."]
+    cells = defaultdict[Any, dict[Any, dict[str, str]]](dict)  # Data, seed and method, then what is missing and where.
+    with open(path, newline="") as file:
+        for x in csv.DictReader(file):
+            setting = x["train_missing"], x["train_rate"], x["test_missing"], x["test_rate"]
+            cells[x["data"], int(x["seed"]), x["trained"]][setting] = x
+    data, methods = list(dict.fromkeys(key[0] for key in cells)), [m for m in CALIBRATED if any(m in k for k in cells)]
+    whole = {name: max(len(found) for key, found in cells.items() if key[0] == name) for name in data}
+    known = {key: found for key, found in cells.items() if len(found) == whole[key[0]]}
+    # A seed counts for a method if all data have it.
+    seeds = {m: [s for s in range(99) if all((name, s, m) in known for name in data)] for m in methods}
+
+    def errors(method: str, name: str, seed: int, column: str, alike: bool = True) -> list[float]:
+        found = known[name, seed, method].items()
+        return [float(x[column]) for setting, x in found if (setting[:2] == setting[2:]) == alike]
+
+    def average(method: str, names: Sequence[str], seed: int, column: str, alike: bool = True) -> float:
+        return mean([x for name in names for x in errors(method, name, seed, column, alike)])
+
+    def row(title: str, names: Sequence[str], columns: Sequence[str], alike: bool = True) -> Row:
+        # A method of which no seed is finished in all data has its data sets.
+        some = {m: [s for s in range(99) if all((name, s, m) in known for name in names)] for m in methods}
+        each = {m: [mean([average(m, names, s, c, alike) for s in some[m]]) for c in columns] for m in methods}
+        return [title, *(" → ".join(map(percent, each[m])) for m in methods)]
+
+    lines = [
+        "ECE before → after calibration on the validation rows: a temperature for each missing case and, for several",
+        "labels, a shift, found by the function that `head.calibrate` uses. The models are those above, trained anew.",
+        "How many seeds are finished in all data: " + ", ".join(f"`{m}` {len(seeds[m])}" for m in methods) + ".",
+        *table(["ECE", *methods], [row(name, [name], ("before", "after")) for name in data]),
+    ]
+    if len(data) > 1:
+        lines[-1:] = [*table(["ECE", *methods], [row("all cells", data, ("before", "after"))])[3:]]
+    gaps = row("tested with all, 70 %", data, ("before", "after"), alike=False)
+    lines += ["Trained and calibrated on complete rows:", *table(["ECE", *methods], [gaps])]
+    rows = list[Row]()
+    for other in (m for m in methods if m != OURS and seeds[m] and seeds.get(OURS)):
+        both = [s for s in seeds[other] if s in seeds[OURS]]
+        gains = [average(OURS, data, s, "after") - average(other, data, s, "after") for s in both]
+        rows.append([f"`{other}`", percent(mean(gains), "+"), interval(gains)])
+    lines += table([f"`{OURS}` minus, after", "difference", "95 %"], rows) * (len(rows) > 0)
+    far = max(abs(float(x["before"]) - float(x["recorded"])) for found in known.values() for x in found.values())
+    return [*lines, f"No model's ECE before differs from that in the tables above by more than {percent(far)}."]
+
+
 def draw(r: Results, path: Path, names: Callable[[str], Sequence[str]], size: tuple[float, float], panel: Any) -> None:
     """A row for each data set, with a panel for each of the names."""
     count = max(1, *(len(names(data)) for data in r.data))
@@ -359,6 +421,7 @@ def write_report(path: Path) -> None:
             [*parts(r), "", "What was tried, did not help and left no code: benchmarks/README.md."],
         ),
         ("Calibration and selective prediction, the mean over settings", "reliability", ["Lower is better.", *errors]),
+        ("Probabilities after calibration", "", calibration(path.with_name("calibration.csv"))),
         ("Which to choose", "", choice(r)),
     ):
         lines += [f"## {title}", "", *(f"![{name}](accuracy_{name}.png)\n" for name in figures.split()), *text, ""]

@@ -1,6 +1,6 @@
 """The classification head: per-modality, per-missing-case class prototypes."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import compress
 from typing import Any
 
@@ -8,17 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from protohead import state
+from protohead.calibration import calibrate
 from protohead.cases import case_masks, nearest_case
-from protohead.context import full_precision, is_readable, widest
-from protohead.functional import prototype_contrast
+from protohead.context import full_precision, is_readable
 from protohead.imprint import imprint
 from protohead.inputs import Features, Present, check_labels, read_features, read_present
 from protohead.logits import head_contributions, head_logits
 from protohead.moments import Moments
-from protohead.objective import Objective, read_objective, training_loss
-from protohead.options import check_constants, check_count, check_names, check_widths, read_constants
+from protohead.objective import Objective, prototype_loss, read_objective, training_loss
+from protohead.options import check_constants, check_widths, read_constants
 from protohead.prototypes import Prototypes, draw, refuse_derived
-from protohead.sharding import gather_for_loss
 from protohead.untrained import warn_of_random_prototypes, warn_of_unlearned_center
 
 __all__ = ["DecoupledPrototypeHead"]
@@ -54,6 +53,8 @@ class DecoupledPrototypeHead(nn.Module):
         center: (ΣD_m,) buffer, the mean of each modality's features in training; or None.
         scale: (C,) buffer; change it in place, as in ``head.scale.fill_(16)``. So is `margin`, in radians.
         seen: (C, M) buffer: how many rows of each case, sub-cases too, training has had, by modality.
+        temperature: (2, ..., 2) buffer, M dimensions: what :meth:`calibrate` divides the logits by, else 1. Of rows
+            with the first of two modalities only it is ``temperature[1, 0]``. So is `shift`, what is added then.
 
     Example:
         >>> head = DecoupledPrototypeHead({"image": 4, "text": 3}, num_classes=5, cases="all")
@@ -139,8 +140,7 @@ class DecoupledPrototypeHead(nn.Module):
             check_constants(self.scale.tolist(), self.margin.tolist(), self.cases)
         with full_precision(mask.device):
             if objective is not None:
-                options = read_objective(objective, self.num_classes)
-                return training_loss(self, rows, mask, labels, options)
+                return training_loss(self, rows, mask, labels, read_objective(objective, self.num_classes))
             logits, _ = head_logits(self, rows, mask, labels)
         if not self.training:
             warn_of_random_prototypes(self._due, self.seen)
@@ -162,10 +162,6 @@ class DecoupledPrototypeHead(nn.Module):
 
         Raises:
             ValueError: As :meth:`forward`, or if an option is not as said. Eval mode is a warning.
-
-        Example:
-            >>> head = DecoupledPrototypeHead({"image": 4, "text": 3}, num_classes=5)
-            >>> head.loss(torch.randn(2, 7), None, torch.tensor([4, 0]), prototype_weight=0.9).backward()
         """
         total: Tensor = self(features, present, labels, options)
         return total
@@ -194,17 +190,7 @@ class DecoupledPrototypeHead(nn.Module):
         Returns:
             A scalar; 0 for shared prototypes of modalities that share no space.
         """
-        if not temperature > 0:
-            raise ValueError(f"Expected argument `temperature` to be positive, but got {temperature}.")
-        if sample is not None:
-            check_count("sample", sample)
-        seen = (self.seen > 0) | ~(self.seen > 0).any()
-        blocks = [seen[held > 0, m] for m, held in enumerate(self._masks.T)]
-        self.prototypes()  # What torch.nn.utils does to them is done anew.
-        prototypes = [gather_for_loss(self.prototypes, name, self) for name in self.modalities]
-        dtype = widest(*prototypes)
-        with full_precision(seen.device):
-            return prototype_contrast([p.to(dtype) for p in prototypes], blocks, self.shared_space, temperature, sample)
+        return prototype_loss(self, temperature, sample)
 
     def case_index(self, present: Present) -> Tensor:
         """(B, M) bool, or columns by name, to (B,) indices into `cases`, of the nearest; C where nothing is present."""
@@ -252,14 +238,44 @@ class DecoupledPrototypeHead(nn.Module):
         refuse_derived(self, "imprint")
         return imprint(self, features, labels, present, shrinkage, classes, class_weight, moments)
 
+    def calibrate(
+        self,
+        features: Features | Iterable[Sequence[Any]],
+        labels: Tensor | None = None,
+        present: Present | None = None,
+    ) -> dict[str, float]:
+        """Make softmax, or with several labels sigmoid, of the logits in eval mode match frequencies, by missing case.
+
+        Call it last, on validation rows, in either mode. Logits are divided by a temperature; with several labels a
+        number is added, too. A case with fewer than 20 rows uses those that hold it, as if they had no more, or, if too
+        few, all. What is called with labels is as before. To train, imprint, reset or add classes takes it back.
+
+        Args:
+            features: As in :meth:`imprint`. With torch.distributed every rank gives its own rows.
+            labels: As in :meth:`forward`.
+            present: As in :meth:`forward`.
+
+        Returns:
+            The temperature of each of the 2**M - 1 cases by name. One at its bound, 0.01 or 100, is a warning.
+
+        Raises:
+            ValueError: As :meth:`imprint`.
+
+        Example:
+            >>> head = DecoupledPrototypeHead({"image": 3, "text": 3}, num_classes=3)
+            >>> labels, _ = torch.arange(300) % 3, torch.manual_seed(0)
+            >>> features = torch.eye(3)[labels].repeat(1, 2) + torch.randn(300, 6)
+            >>> _ = head.imprint(features[:150], labels[:150])
+            >>> head.calibrate(features[150:], labels[150:])  # Complete rows; but it holds for others, too.
+            {'image+text': 1..., 'image': 2..., 'text': 2...}
+            >>> probabilities = head.eval()({"image": features[:1, :3]}).softmax(1)
+        """
+        return calibrate(self, features, labels, present)
+
     def add_classes(self, count: int, class_names: Sequence[str] | None = None) -> None:
         """Add classes, with random prototypes: train them, or imprint them, as by ``imprint(..., classes=[101])``.
 
-        What there is stays. The Parameters are new: give them to the optimizer.
-
-        Args:
-            count: How many.
-            class_names: Their names, if the others have names.
+        What there is stays. The Parameters are new: give them to the optimizer. Name them if the others have names.
         """
         refuse_derived(self, "add_classes")
         state.add_classes(self, count, class_names)
@@ -274,27 +290,11 @@ class DecoupledPrototypeHead(nn.Module):
     def reset(self, num_classes: int, class_names: Sequence[str] | None = None) -> None:
         """Start anew with other classes. The Parameters are new: give them to the optimizer."""
         refuse_derived(self, "reset")
-        parameter = next(self.parameters())
-        state.set_classes(self, num_classes, class_names, parameter.device, parameter.dtype)
+        state.set_classes(self, num_classes, class_names, *state.kind(self))
         self.reset_parameters()
 
+    __repr__ = state.text
     extra_repr = state.arguments
-
-    def __repr__(self) -> str:  # noqa: D105
-        return f"{self._get_name()}({self.extra_repr()})"
-
-    def get_extra_state(self) -> Tensor:
-        """What makes this head, as a tensor: see :func:`protohead.load_head`."""
-        return state.pack(state.description(self))
-
-    def set_extra_state(self, extra: Tensor) -> None:
-        """Refuse the checkpoint of another head; take over its class names."""
-        config = state.unpack(extra)
-        state.check_same_head(config, state.description(self))
-        if config.get("num_classes") == self.num_classes:  # Else torch names the weights of other shapes.
-            self.class_names = self.class_names or check_names(config.get("class_names"), self.num_classes)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DecoupledPrototypeHead":
-        with state.buffers_aside(self):
-            super()._apply(fn, recurse)
-        return self
+    _apply = state.apply
+    get_extra_state = state.packed
+    set_extra_state = state.take_over

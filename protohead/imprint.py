@@ -12,11 +12,12 @@ from protohead.center import WINDOW
 from protohead.closed_form import Choice, choose, prototypes
 from protohead.context import full_precision, is_readable, widest
 from protohead.inputs import check_features, check_labels, read_features
+from protohead.logits import uncalibrate
 from protohead.moments import CHUNK, Moments, Rows, add, by_modality, collect, empty, means, origins_at, plus
 from protohead.objective import read_objective
 from protohead.prototypes import write_known
 
-__all__ = ["imprint"]
+__all__ = ["imprint", "read_rows"]
 
 IGNORED = -100  # The label of rows that do not count.
 
@@ -48,7 +49,7 @@ def imprint(
     with full_precision(head.seen.device):
         fixed = only_prototypes or not head.centered
         origins = known or (origins_at(head.in_features, _centers(head)) if fixed else None)
-        rows = _read_rows(head, features, labels, present)
+        rows = read_rows(head, features, labels, present)
         new, sample = collect(rows, head.in_features, head.num_classes, origins, head.seen)
         if sample is None:
             raise ValueError("Expected at least one row with a label and a modality, but got none.")
@@ -65,6 +66,7 @@ def imprint(
     counts = torch.stack([x["total"][-1] for x in new.values()])
     head.seen += torch.where(some, counts, 0) * head._masks
     _write_rest(head, sums, sample, fit, written)
+    uncalibrate(head)
     for x in sums.values():
         x["shrinkage"] = counts.new_tensor(fit.shrinkage)
     return sums
@@ -127,7 +129,7 @@ def _write_rest(head: Any, sums: Moments, sample: Rows, fit: Fit, written: Tenso
     head.center_spread.copy_(torch.where(spread > 0, spread, head.center_spread))
 
 
-def _read_rows(head: Any, features: Any, labels: Tensor | None, present: Any) -> Iterator[Rows]:
+def read_rows(head: Any, features: Any, labels: Tensor | None, present: Any) -> Iterator[Rows]:
     """The rows that count, checked, not many at a time."""
     if labels is not None:
         yield from _read_batch(head, features, labels, present, "")

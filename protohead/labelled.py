@@ -1,4 +1,4 @@
-"""What :mod:`protohead.metrics` and :mod:`protohead.calibration` accept: rows with labels, checked, on the CPU."""
+"""What :mod:`protohead.metrics` accepts: rows with labels, checked, on the CPU."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -44,7 +44,18 @@ def read_batch(logits: Tensor, labels: Tensor, present: Tensor, modalities: Sequ
     check_finite("logits", logits, kept)
     if not kept.any():
         raise ValueError(f"Expected at least one row with a label other than -100, but got none of {batch}.")
+    _refuse_probabilities(logits[kept])
     return Batch(logits[kept], labels[kept], present.cpu()[kept], multilabel)
+
+
+def _refuse_probabilities(logits: Tensor) -> None:
+    """Of probabilities the softmax, and all scores of it, would be others."""
+    sums = logits.sum(1)  # In half precision they are one to two digits.
+    if logits.shape[1] > 1 and ((logits >= 0) & (logits <= 1)).all() and ((sums - 1).abs() < 0.01).all():
+        raise ValueError(
+            "Expected argument `logits` to be logits, but got probabilities: all rows are in [0, 1] and sum to one. "
+            "Their logarithm is as good as the logits of softmax."
+        )
 
 
 def read_labels(labels: Tensor, batch: int, num_classes: int) -> Labels:

@@ -11,13 +11,13 @@ from protohead.context import is_transformed, widest
 from protohead.functional import modality_logits, prototype_logits
 from protohead.sharding import sum_between_ranks
 
-__all__ = ["head_contributions", "head_logits"]
+__all__ = ["head_contributions", "head_logits", "uncalibrate"]
 
 
 def head_logits(head: Any, rows: list[Tensor], present: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
     """(B, K) logits, and the (B, M) blocks of prototypes that they are made of, -1 for none.
 
-    In training the cases are marked as seen.
+    In training the cases are marked as seen, and a calibration is forgotten. Predictions are calibrated.
 
     Args:
         head: The head.
@@ -29,12 +29,17 @@ def head_logits(head: Any, rows: list[Tensor], present: Tensor, labels: Tensor |
     if head.training and not is_transformed():
         new = torch.zeros_like(head.seen).index_add(0, case, (block >= 0).to(head.seen.dtype))
         head.seen += sum_between_ranks(new, head)
+        uncalibrate(head)
     prototypes = head.prototypes()
     dtype = widest(*rows, *prototypes)
     weights, bias = [p.to(dtype) for p in prototypes], None if head.bias is None else head.bias.to(dtype)
     margin = None if labels is None else head.margin[case].to(dtype)
     scale, centers = head.scale[case].to(dtype), split_center(head, dtype)
-    return prototype_logits(rows, weights, block, scale, margin, labels, bias, centers), block
+    logits = prototype_logits(rows, weights, block, scale, margin, labels, bias, centers)
+    if labels is None and not head.training:
+        temperature, shift = _calibration(head, block, dtype)
+        logits = logits / temperature + shift
+    return logits, block
 
 
 def head_contributions(head: Any, rows: list[Tensor], present: Tensor) -> Tensor:
@@ -43,4 +48,22 @@ def head_contributions(head: Any, rows: list[Tensor], present: Tensor) -> Tensor
     prototypes = head.prototypes()
     dtype = widest(*rows, *prototypes)
     scale, weights = head.scale[case].to(dtype), [p.to(dtype) for p in prototypes]
-    return modality_logits(rows, weights, block, scale, head.bias, split_center(head, dtype))
+    parts = modality_logits(rows, weights, block, scale, head.bias, split_center(head, dtype))
+    if head.training:
+        return parts
+    temperature, shift = (x[:, None] for x in _calibration(head, block, dtype))
+    used = (block >= 0)[:, :, None]
+    return parts / temperature + torch.where(used, shift / used.sum(1, keepdim=True).clamp(min=1), 0)
+
+
+@torch.no_grad()
+def uncalibrate(head: Any) -> None:
+    """Take back what :meth:`protohead.DecoupledPrototypeHead.calibrate` found."""
+    head.temperature.fill_(1)
+    head.shift.zero_()
+
+
+def _calibration(head: Any, block: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Temperature and shift of each row, (B, 1), by the modalities that are used; 1 and 0 of none."""
+    place = (block >= 0).long().unbind(1)
+    return head.temperature[place].to(dtype)[:, None], head.shift[place].to(dtype)[:, None]

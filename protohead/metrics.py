@@ -11,13 +11,12 @@ from itertools import compress
 import torch
 from torch import Tensor
 
-from protohead.calibration import fit_temperature
 from protohead.cases import case_names
 from protohead.head import DecoupledPrototypeHead
 from protohead.inputs import Features, check_features, read_features
 from protohead.labelled import one_hot, read_batch, read_labels
 
-__all__ = ["Report", "contributions_by_class", "evaluate", "fit_temperature"]
+__all__ = ["Report", "contributions_by_class", "evaluate"]
 
 NOTHING = "(nothing)"
 
@@ -91,7 +90,8 @@ def evaluate(
         The scores.
 
     Raises:
-        ValueError: If shapes or values are not as said, a logit is not finite, or no row is left.
+        ValueError: If shapes or values are not as said, a logit is not finite, the rows all sum to one as those of
+            probabilities do, or no row is left.
         TypeError: If a dtype is not as said.
         ImportError: If torchmetrics is missing.
 

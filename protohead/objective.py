@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protohead.center import update_center
-from protohead.context import is_readable, is_recorded, is_transformed
+from protohead.context import full_precision, is_readable, is_recorded, is_transformed, widest
+from protohead.functional import prototype_contrast
 from protohead.logits import head_logits
-from protohead.sharding import sum_between_ranks
+from protohead.options import check_count
+from protohead.sharding import gather_for_loss, sum_between_ranks
 from protohead.untrained import warn_of_eval_mode
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "add_subcases",
     "classification_loss",
     "encode_subcases",
+    "prototype_loss",
     "read_objective",
     "split_modalities",
     "training_loss",
@@ -144,6 +147,21 @@ def training_loss(
     weight = weights[:batch].sum()
     loss = total_loss / torch.where(weight > 0, weight, 1)
     return loss + objective.prototype_weight * head.prototype_loss() if objective.prototype_weight else loss
+
+
+def prototype_loss(head: Any, temperature: float, sample: int | None) -> Tensor:
+    """See :meth:`protohead.DecoupledPrototypeHead.prototype_loss`."""
+    if not temperature > 0:
+        raise ValueError(f"Expected argument `temperature` to be positive, but got {temperature}.")
+    if sample is not None:
+        check_count("sample", sample)
+    seen = (head.seen > 0) | ~(head.seen > 0).any()
+    blocks = [seen[held > 0, m] for m, held in enumerate(head._masks.T)]
+    head.prototypes()  # What torch.nn.utils does to them is done anew.
+    prototypes = [gather_for_loss(head.prototypes, name, head) for name in head.modalities]
+    dtype = widest(*prototypes)
+    with full_precision(seen.device):
+        return prototype_contrast([p.to(dtype) for p in prototypes], blocks, head.shared_space, temperature, sample)
 
 
 def add_subcases(present: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,22 +10,27 @@ import torch
 from torch import Tensor, nn
 
 from protohead.cases import case_names
+from protohead.logits import uncalibrate
 from protohead.options import check_count, check_names
 from protohead.prototypes import Prototypes, draw
 from protohead.sharding import is_sharded
 
 __all__ = [
     "add_classes",
+    "apply",
     "arguments",
     "before_load",
-    "buffers_aside",
     "check_checkpoint",
     "check_same_head",
     "description",
     "forget",
+    "kind",
     "pack",
+    "packed",
     "register_buffers",
     "set_classes",
+    "take_over",
+    "text",
     "unpack",
 ]
 
@@ -35,7 +39,7 @@ DESCRIPTION = ("in_features", "num_classes", "cases", "shared_space", "centered"
 # What must agree. Where shapes do, other cases would be swapped in silence, and another loss be trained.
 MUST_AGREE = ("cases", "shared_space")
 # In the order in which they are registered; others, such as the mask of a pruned bias, are not ours.
-BUFFERS = ("scale", "margin", "seen", "_masks", "center", "center_rows", "center_spread")
+BUFFERS = ("scale", "margin", "seen", "_masks", "center", "center_rows", "center_spread", "temperature", "shift")
 # What the paper's head has not.
 LEARNED = ("bias", "center", "center_rows", "center_spread")
 
@@ -58,6 +62,12 @@ def set_classes(
         parameter.requires_grad_(name not in old or old[name].requires_grad)
 
 
+def kind(head: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a head's parameters."""
+    parameter = next(head.parameters())
+    return parameter.device, parameter.dtype
+
+
 def add_classes(head: Any, count: int, class_names: Sequence[str] | None) -> None:
     """Give a head parameters for more classes; the new prototypes are drawn, what was there is copied."""
     count, old = check_count("count", count), dict(head.named_parameters())
@@ -66,14 +76,15 @@ def add_classes(head: Any, count: int, class_names: Sequence[str] | None) -> Non
         expected = "the names of the new classes" if new is None else "no names, since the other classes have none"
         raise ValueError(f"Expected argument `class_names` to be {expected}, but got {class_names!r}.")
     names = None if new is None else (*head.class_names, *new)
-    known, parameter = head.num_classes, next(head.parameters())
-    set_classes(head, known + count, names, parameter.device, parameter.dtype)
+    known = head.num_classes
+    set_classes(head, known + count, names, *kind(head))
     draw(head.prototypes)
     with torch.no_grad():
         for name, grown in head.named_parameters():
             if name == "bias":
                 grown.fill_(old[name].mean())  # No class is likelier than the others.
             grown.narrow(max(grown.dim() - 2, 0), 0, known).copy_(old[name])
+    uncalibrate(head)
 
 
 def register_buffers(head: Any, masks: Tensor, scales: list[float], margins: list[float]) -> None:
@@ -93,34 +104,37 @@ def register_buffers(head: Any, masks: Tensor, scales: list[float], margins: lis
     widths = {"center": sum(head.in_features.values()), "center_rows": count, "center_spread": count}
     for name, width in widths.items():
         head.register_buffer(name, tensor([0.0] * width) if head.centered else None)
+    for name in ("temperature", "shift"):  # By modality: whether it is used.
+        head.register_buffer(name, tensor(0.0).repeat((2,) * count))
 
 
 @torch.no_grad()
 def forget(head: Any) -> None:
-    """Set to zero what training has left beside the prototypes."""
+    """Set to zero what training has left beside the prototypes; forget a calibration."""
+    uncalibrate(head)
     for x in (head.bias, head.center, head.center_rows, head.center_spread, head.seen):
         if x is not None:
             x.zero_()
 
 
-@contextmanager
-def buffers_aside(head: nn.Module) -> Iterator[None]:
-    """Let the buffers follow the parameters to their device, or into shared memory, but in nothing else.
+def apply(head: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+    """Move or cast a head. The buffers follow to the device, or into shared memory, but in nothing else.
 
     `half()` must not round a margin, nor `to_empty()` wipe what was seen.
     """
     own = {name: head._buffers.pop(name) for name in BUFFERS}
     try:
-        yield
+        nn.Module._apply(head, fn, recurse)
     finally:
         head._buffers.update(own)
     parameter = next(head.parameters())
     if parameter.is_meta:
-        return
+        return head
     for name, value in own.items():
         if value is not None:
             moved = value.to(parameter.device, _constant_dtype(parameter.device))
             head._buffers[name] = moved.share_memory_() if parameter.is_shared() else moved
+    return head
 
 
 def _constant_dtype(device: torch.device) -> torch.dtype:
@@ -143,6 +157,24 @@ def arguments(head: Any) -> str:
 def description(head: nn.Module) -> dict[str, Any]:
     """What makes a head of this kind, in the types of JSON."""
     return {key: list(x) if isinstance(x := getattr(head, key), tuple) else x for key in DESCRIPTION}
+
+
+def text(head: Any) -> str:
+    """A head's repr, by which it can be made again."""
+    return f"{head._get_name()}({arguments(head)})"
+
+
+def packed(head: Any) -> Tensor:
+    """What makes a head, as a tensor: see :func:`protohead.load_head`."""
+    return pack(description(head))
+
+
+def take_over(head: Any, state: Any) -> None:
+    """Refuse the checkpoint of another head; take over its class names."""
+    config = unpack(state)
+    check_same_head(config, description(head))
+    if config.get("num_classes") == head.num_classes:  # Else torch names the weights of other shapes.
+        head.class_names = head.class_names or check_names(config.get("class_names"), head.num_classes)
 
 
 def pack(config: Mapping[str, Any]) -> Tensor:
@@ -203,14 +235,14 @@ def check_checkpoint(state: Mapping[str, Any], own: Mapping[str, Any], prefix: s
         check_same_head(unpack(extra), own)
     for name, x in state.items():
         tail = name.removeprefix(prefix)
-        known = tail.startswith("prototypes.") or tail in LEARNED
+        known = tail.startswith("prototypes.") or tail in (*LEARNED, "shift")
         if not name.startswith(prefix) or not isinstance(x, Tensor) or x.is_meta or is_sharded(x):
             continue
         if known and x.is_floating_point() and not x.isfinite().all():
             raise ValueError(f"Expected finite numbers in {name!r} of the checkpoint, but it has others.")
         if tail == "seen" and not (x >= 0).all():  # Infinity is many, in half precision.
             raise ValueError(f"Expected counts in {name!r} of the checkpoint, but got {x.tolist()}.")
-        if tail == "scale" and not ((x > 0) & (x < math.inf)).all():
+        if tail in ("scale", "temperature") and not ((x > 0) & (x < math.inf)).all():
             raise ValueError(f"Expected positive numbers in {name!r} of the checkpoint, but got {x.tolist()}.")
         if tail == "margin" and not ((x >= 0) & (x < math.pi)).all():
             raise ValueError(f"Expected numbers in [0, pi) in {name!r} of the checkpoint, but got {x.tolist()}.")

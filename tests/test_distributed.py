@@ -265,7 +265,9 @@ def closed_form(rank, split):
     batches = ((x[i], labels[i], present[i]) for i in mine.split(8) if len(i))
     moments = head.imprint(batches)
     later = head.imprint(x[mine], labels[mine], present[mine], shrinkage=0.3, moments=moments)
-    return state(head), moments, later
+    before = state(head)
+    head.calibrate((x[i], labels[i], present[i]) for i in mine.split(8) if len(i))
+    return before, moments, later, head.temperature
 
 
 def batch_norm(rank):

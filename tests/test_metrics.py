@@ -1,4 +1,4 @@
-"""Each score against a slow, obvious transcription; temperatures against what the logits were made with."""
+"""Each score against a slow, obvious transcription."""
 
 import csv
 import importlib
@@ -14,7 +14,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 
 from protohead import DecoupledPrototypeHead
 from protohead.cases import case_names
-from protohead.metrics import Report, contributions_by_class, evaluate, fit_temperature
+from protohead.metrics import Report, contributions_by_class, evaluate
 
 NAMES = ("image", "text")
 ROWS, CLASSES = 60, 5
@@ -341,126 +341,28 @@ def test_torchmetrics_is_needed_for_evaluate_only():
         for name in loaded:
             del sys.modules[name]
         importlib.import_module("protohead")
-        assert not {f"protohead.{name}" for name in ("calibration", "metrics", "simulate", "tables")} & set(sys.modules)
+        assert not {f"protohead.{name}" for name in ("metrics", "simulate", "tables")} & set(sys.modules)
         metrics = importlib.import_module("protohead.metrics")
         with pytest.raises(ImportError, match=r'pip install "protohead\[eval\]"'):
             metrics.evaluate(LOGITS, LABELS, PRESENT, NAMES)
 
 
-# -- fit_temperature --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("classes", [2, 5, 1000])
+def test_probabilities_are_no_logits(classes, dtype):
+    logits = torch.randn(30, classes, generator=torch.Generator().manual_seed(0)).to(dtype)
+    labels, present = torch.arange(30) % classes, torch.ones(30, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match="Expected argument `logits` to be logits, but got probabilities"):
+        evaluate(logits.softmax(1), labels, present, NAMES)
+    evaluate(logits, labels, present, NAMES)
 
 
-def calibrated(rows, kind, seed=0):
-    """Logits whose probabilities are those by which the labels were drawn."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = 2 * torch.randn(rows, 4, generator=generator, dtype=torch.float64)
-    if kind == "several":
-        return logits, (torch.rand(rows, 4, generator=generator) < logits.sigmoid()).float(), single(rows)[2]
-    return logits, torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0], single(rows)[2]
-
-
-def loss(logits, labels):
-    if labels.dim() == 2:
-        return F.binary_cross_entropy_with_logits(logits.double(), labels.double()).item()
-    return F.cross_entropy(logits.double(), labels).item()
-
-
-@pytest.mark.parametrize("kind", ["single", "several"])
-def test_known_temperatures_are_found(kind):
-    logits, labels, present = calibrated(12000, kind)
-    made = torch.tensor([3.0, 1.0, 0.2]).double()  # by case: single() deals them in turn
-    found = fit_temperature(logits * made[torch.arange(12000) % 3, None], labels, present, NAMES)
-    assert list(found) == ["image+text", "image", "text"]
-    assert list(found.values()) == pytest.approx(made.tolist(), rel=0.05)
-
-
-@pytest.mark.parametrize("kind", [single, several])
-@pytest.mark.parametrize("seed", range(2))
-def test_no_other_temperature_is_better(kind, seed):
-    logits, labels, present = kind(seed=seed)
-    for c, temperature in enumerate(fit_temperature(logits.half(), labels, present, NAMES).values()):
-        z, y = logits.half().double()[c::3], labels[c::3]
-        best = loss(z / temperature, y)
-        assert best <= loss(z, y)
-        others = torch.logspace(-2, 2, 400, dtype=torch.float64).tolist()
-        assert all(best <= loss(z / other, y) for other in (*others, 0.999 * temperature, 1.001 * temperature))
-
-
-@pytest.mark.parametrize("kind", [single, several])
-def test_a_case_with_few_rows_gets_the_temperature_of_all(kind):
-    logits, labels, present = kind()
-    present[present[:, 0] & ~present[:, 1]] = True  # No row has the image only.
-    present[2] = False  # (the first that had only the text)
-    labels[0] = labels[0] if kind is several else -100
-    found = fit_temperature(logits, labels, present, NAMES, min_rows=20)
-    together = fit_temperature(logits, labels, torch.ones_like(present), NAMES)["image+text"]
-    assert found["image"] == found["text"] == together != found["image+text"]
-    own = fit_temperature(logits, labels, present, NAMES, min_rows=19)
-    assert own["text"] != own["image"] == together
-
-
-def test_rows_of_another_case_count_as_the_nearest():
+def test_some_rows_may_look_like_probabilities():
     logits, labels, present = single()
-    found = fit_temperature(logits, labels, present, NAMES, cases=["text", "image+text"])
-    assert list(found) == ["image+text", "text"]
-    present[present[:, 0]] = True
-    expected = fit_temperature(logits, labels, present, NAMES)
-    assert found == {case: expected[case] for case in found}
-    assert list(fit_temperature(logits, labels, present, NAMES, cases="text")) == ["text"]
-
-
-def test_folded_into_a_head_that_has_not_seen_every_case():
-    generator = torch.Generator().manual_seed(0)
-    head = DecoupledPrototypeHead({"image": 8, "text": 8}, num_classes=4, cases="all")
-    _, labels, present = single(classes=4)
-    features = torch.eye(4)[labels].repeat(1, 4) + torch.randn(ROWS, 16, generator=generator)
-    head.imprint(features, labels, present, shrinkage=1)
-    head.seen[1] = 0
-    logits = head.eval()(features, present).detach()
-    temperatures = fit_temperature(logits, labels, present, head.modalities, head.seen_cases)
-    assert list(temperatures) == ["image+text", "text"]
-    for case, temperature in temperatures.items():
-        head.scale[head.cases.index(case)] /= temperature
-    by_row = torch.tensor([temperatures["text" if i % 3 == 2 else "image+text"] for i in range(ROWS)])
-    assert torch.allclose(head(features, present), logits / by_row[:, None], atol=1e-5)
-    again = fit_temperature(head(features, present), labels, present, head.modalities, head.seen_cases)
-    assert list(again.values()) == pytest.approx([1, 1], abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("labels", "bound"), [(torch.arange(60) % 3, 0.01), ((torch.arange(60) + 1) % 3, 100)], ids=["right", "wrong"]
-)
-@pytest.mark.parametrize("multi", [False, True])
-def test_at_a_bound_it_warns(labels, bound, multi):
-    logits = 4.0 * F.one_hot(torch.arange(60) % 3) - 2
-    labels = F.one_hot(labels) if multi else labels
-    why = "all rows are right" if bound < 1 else "no better than chance"
-    with pytest.warns(UserWarning, match=rf"temperature of 'image\+text' is at its bound, {bound}: .*{why}") as caught:
-        found = fit_temperature(logits, labels, torch.ones(60, 2, dtype=torch.bool), NAMES, cases=["image+text"])
-    assert found["image+text"] == pytest.approx(bound)
-    assert caught[0].filename == __file__
-
-
-@pytest.mark.parametrize("logits", [torch.zeros(30, 3), torch.full((30, 3), 0.7)])
-def test_logits_that_say_nothing_keep_their_temperature(logits):
-    present = torch.zeros(30, 2, dtype=torch.bool)
-    assert set(fit_temperature(logits, torch.arange(30) % 3, present, NAMES).values()) == {1.0}
-
-
-def test_temperatures_need_what_evaluate_needs():
-    with pytest.raises(ValueError, match="finite logits, but row 0 has others"):
-        fit_temperature(LOGITS / 0, LABELS, PRESENT, NAMES)
-
-
-@pytest.mark.parametrize("cases", [[], ["audio"], ["text", "text"], ["text+image"]])
-def test_wrong_cases(cases):
-    with pytest.raises(ValueError, match=r"`cases` to be among \('image.text', 'image', 'text'\), .*, but got \["):
-        fit_temperature(LOGITS, LABELS, PRESENT, NAMES, cases)
-
-
-def test_wrong_min_rows():
-    with pytest.raises(ValueError, match="`min_rows` to be a positive integer, but got 0"):
-        fit_temperature(LOGITS, LABELS, PRESENT, NAMES, min_rows=0)
+    logits = logits.softmax(1)
+    logits[3] *= 1.5
+    evaluate(logits, labels, present, NAMES)
+    evaluate(torch.ones(60, 1), torch.zeros(60, dtype=torch.int64), present, NAMES)  # One class.
 
 
 # -- contributions_by_class -------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def same(a, b):
 
 
 def test_state_dict_keys():
-    paper = ["_extra_state", "margin", "prototypes.image", "prototypes.text", "scale", "seen"]
+    paper = ["_extra_state", "margin", "prototypes.image", "prototypes.text", "scale", "seen", "shift", "temperature"]
     assert sorted(plain_head(centered=False).state_dict()) == paper
     assert sorted(trained_head().state_dict()) == sorted([*paper, "bias", "center", "center_rows", "center_spread"])
 
@@ -172,7 +172,7 @@ def test_reset_keeps_a_frozen_head_frozen():
 def test_buffers_of_children_stay_with_them():
     head = trained_head()
     head.prototypes.register_buffer("mask", torch.ones(2))
-    own = {"scale", "margin", "center", "center_rows", "center_spread", "seen", "_masks"}
+    own = {"scale", "margin", "center", "center_rows", "center_spread", "seen", "_masks", "temperature", "shift"}
     assert set(dict(head.double().named_buffers(recurse=False))) == own
 
 
