@@ -43,7 +43,7 @@ def load(path: Path) -> tuple[dict[str, Split], dict[str, int], int]:
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of the file, the features in float32."""
+    """The arrays of the file."""
     wanted = "an .npz file with the arrays image (N, D), text (N, D), label (N,) and split (N,)"
     if not is_zipfile(path):
         what = "is not an .npz file" if path.exists() else "does not exist"
@@ -55,22 +55,20 @@ def read(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"Expected {wanted}, but {path} cannot be read: {error}") from None
     if lacking := sorted(set(NAMES) - set(data)):
         raise ValueError(f"Expected {wanted}, but {path} lacks {lacking}.")
-    for name in ("image", "text"):
-        if data[name].dtype.kind == "f":
-            with np.errstate(over="ignore"):  # What overflows is refused in `check`.
-                data[name] = data[name].astype(np.float32)
     return data
 
 
 def check(data: dict[str, np.ndarray]) -> None:
-    """Refuse arrays of other shapes, dtypes or values."""
+    """Refuse arrays of other shapes, dtypes or values; make the features float32."""
     label, split = data["label"], data["split"]
     rows = len(label) if label.ndim else 0
     for name in ("image", "text"):
         x = data[name]
         if x.ndim != 2 or len(x) != rows or x.dtype.kind != "f":
             raise ValueError(f"Expected {name!r} to be floating-point ({rows}, D), but got {x.dtype} {x.shape}.")
-        if not (finite := np.isfinite(x).all(1)).all():
+        with np.errstate(over="ignore"):  # What overflows is refused, too.
+            data[name] = x.astype(np.float32)
+        if not (finite := np.isfinite(data[name]).all(1)).all():
             raise ValueError(
                 f"Expected finite numbers, zeros where missing, but {name!r} row {finite.argmin()} is not."
             )
