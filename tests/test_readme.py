@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-import numpy as np
 import quickstart
+from test_quickstart import saved_scores
 
 import protohead
 
@@ -41,19 +41,12 @@ def test_two_commands():
     assert ["quickstart" in block.splitlines()[0], "pytest" in block.splitlines()[1]] == [True, True]
 
 
-def test_table_is_in_the_quickstarts_form():
-    cases = {"image": ("image+text", "text"), "text": ("image+text", "image"), "both": ("image+text", "image", "text")}
-    keys = [
-        (m, case, method)
-        for m in cases
-        for case in (*cases[m], "all rows", "all rows, validation")
-        for method in quickstart.METHODS
-    ]
-    printed = quickstart.table({key: np.zeros((5, 2)) for key in keys}).splitlines()
-    shown = README.split("<!-- quickstart -->\n")[1].splitlines()
-    number = re.compile(r"[+-]?\d+\.\d")
-    for expected, line in zip(printed[:-1], shown, strict=False):
-        assert number.sub("0", line) == number.sub("0", expected)
+def test_table_is_what_the_quickstart_prints():
+    scores = saved_scores(ROOT / "examples" / "quickstart.csv")
+    assert all(len(values) == 5 for values in scores.values())
+    shown = README.split("<!-- quickstart -->\n")[1]
+    assert " ".join(shown.split()).startswith(" ".join(quickstart.table(scores).split()))
+    assert " ".join(quickstart.verdict(scores).split()) in " ".join(shown.split())  # However its lines are broken.
 
 
 def test_version_stands_in_one_place():
