@@ -66,6 +66,11 @@ def after_readme(names):
     names["loss"].backward()
 
 
+def after_serving(names):
+    assert Path("model.onnx").exists()
+    torch.testing.assert_close(names["probabilities"].sum(1), torch.ones(1))
+
+
 def after_guide(names):
     assert (names["logits"].argmax(1) == names["labels"])[names["present"][:, 0]].float().mean() > 0.4  # Chance is 0.2.
     names["loss"].backward()
