@@ -101,7 +101,8 @@ def squared(path: Path) -> Image.Image:
     white = Image.new("RGBA", image.size, (*WHITE, 255))
     white.alpha_composite(image)
     flat = white.convert("RGB")
-    drawn = (np.asarray(flat) < 250).any(2)
+    pixels: NDArray[np.uint8] = np.asarray(flat)
+    drawn = np.any(pixels < 250, axis=2)
     if drawn.any():
         rows, columns = np.flatnonzero(drawn.any(1)), np.flatnonzero(drawn.any(0))
         flat = flat.crop((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
@@ -245,11 +246,13 @@ def meanings(texts: list[str], teachers: Path, work: Path) -> NDArray[np.float16
         meant = np.zeros((len(texts), 384), np.float16)
         for start in tqdm(range(0, len(order), 256), desc="texts"):
             some = order[start : start + 256]
-            batch = tokenizer([texts[t] for t in some], padding=True, truncation=True, max_length=32, return_tensors="pt")
+            own = [texts[t] for t in some]
+            batch = tokenizer(own, padding=True, truncation=True, max_length=32, return_tensors="pt")
             with torch.autocast("cpu", torch.bfloat16):
                 hidden = model(**batch).last_hidden_state.float()
             there = batch["attention_mask"][..., None]
             meant[some] = F.normalize((hidden * there).sum(1) / there.sum(1), dim=1).numpy()
         np.save(file, meant)
         listed.write_text(json.dumps(texts), "utf-8")
-    return np.load(file)
+    result: NDArray[np.float16] = np.load(file)
+    return result

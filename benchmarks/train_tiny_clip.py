@@ -46,7 +46,10 @@ class Student(nn.Module):
         self.to_image, self.to_text = nn.Linear(128, 1280), nn.Linear(128, 384)
 
     def loss(self, views: Tensor, said: Tensor, tokens: Tensor, meant: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Contrastive, and 1 - cosine to the teachers' (B, 1280) `said` and (T, 384) `meant`; T texts, the first B of the views."""
+        """Contrastive, and 1 - cosine to the teachers' (B, 1280) `said` and (T, 384) `meant`.
+
+        The first B of the T texts are of the B views.
+        """
         image, text = self.clip.encode_image(views), self.clip.encode_text(tokens)
         logits = self.clip.logit_scale.exp() * F.normalize(image, dim=1) @ F.normalize(text[: len(image)], dim=1).T
         pairs = torch.arange(len(image))
