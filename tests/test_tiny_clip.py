@@ -1,6 +1,5 @@
 """The tiny CLIP and the clip art of examples/data, and clip_finetune.py on them."""
 
-import csv
 import json
 import shutil
 
@@ -15,7 +14,7 @@ import torch
 from pictures import open_picture
 from roads import UNTRAINED
 from safetensors.torch import load_file
-from test_examples import finetune, one_thread, table  # noqa: F401
+from test_examples import few_rows, finetune, one_thread, table  # noqa: F401
 
 pytestmark = UNTRAINED
 
@@ -90,16 +89,10 @@ def test_the_towers_know_the_classes(art):
 
 
 @pytest.fixture
-def few(art, tmp_path, monkeypatch):
+def few(tmp_path, monkeypatch):
     """Every twelfth row as the clip art, and an empty folder as the present one."""
-    rows = table(art / "data.csv")[::12]
-    (tmp_path / "art").mkdir()
-    (tmp_path / "art" / "pictures").symlink_to(art / "pictures")
-    with open(tmp_path / "art" / "data.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    monkeypatch.setattr(clip_training, "clip_art", lambda: tmp_path / "art")
+    art, rows = few_rows(tmp_path / "art", 12)
+    monkeypatch.setattr(clip_training, "clip_art", lambda: art)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return rows
