@@ -102,7 +102,8 @@ def squared(path: Path) -> Image.Image:
     white = Image.new("RGBA", image.size, (*WHITE, 255))
     white.alpha_composite(image)
     flat = white.convert("RGB")
-    drawn = (np.asarray(flat) < 250).any(2)
+    pixels: NDArray[np.uint8] = np.asarray(flat)
+    drawn = np.any(pixels < 250, axis=2)
     if drawn.any():
         rows, columns = np.flatnonzero(drawn.any(1)), np.flatnonzero(drawn.any(0))
         flat = flat.crop((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
@@ -255,4 +256,5 @@ def meanings(texts: list[str], teachers: Path, work: Path) -> NDArray[np.float16
             meant[some] = F.normalize((hidden * there).sum(1) / there.sum(1), dim=1).numpy()
         np.save(file, meant)
         listed.write_text(json.dumps(texts), "utf-8")
-    return np.load(file)
+    result: NDArray[np.float16] = np.load(file)
+    return result

@@ -81,7 +81,8 @@ def _add_training_options(option: Any) -> None:
         "--missing-rate, but for options that are given. λ is what ran: 0 where DPL's code multiplies it by zero"
     )
     option("--preset", choices=VARIANTS, help=preset)
-    epochs = f"(default: {FROZEN_EPOCHS} of the head alone; {EPOCHS} with --prompts or --trainable)"
+    slow = f"{EPOCHS} with --prompts or --trainable, each about 20 seconds of two cores on the clip art"
+    epochs = f"(default: {FROZEN_EPOCHS} of the head alone; {slow})"
     option("--epochs", type=int, help=epochs)
     option("--batch-size", type=int, default=64, help="(default: 64)")
     # Prototypes start with norms of 1 to 2 in hundreds of dimensions: steps of 0.01 turn them within some epochs.
