@@ -25,13 +25,14 @@ import copy
 import csv
 import io
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accuracy import validate
-from prompts_model import BATCH, HEADS, MODALITIES, SPLITS, Rows, build, pictures, pooled, present_of
+from prompts_model import BATCH, DATA, HEADS, MODALITIES, SPLITS, Rows, build, pictures, pooled, present_of
 from prompts_report import TOWERS, section
 from torch import Tensor
 from tqdm import tqdm
@@ -43,7 +44,7 @@ MISSING, TUNED = ("both", "none", "text", "image"), "both"  # In the order of th
 SLOWER = 0.1  # The last layers' part of the learning rate.
 COLUMNS = (
     *("towers", "head", "trained", "seed", "learning_rate", "tried", "epoch", "validation", "seconds"),
-    *("test", "case", "rows", "accuracy", "macro_f1", "ece"),
+    *("test", "case", "rows", "accuracy", "macro_f1", "ece", "budget"),
 )
 
 
@@ -55,6 +56,14 @@ class Budget(NamedTuple):
     seeds: int = 5
     missing: tuple[str, ...] = MISSING
     rows: int | None = None  # Of each split; all by default.
+
+    def digest(self) -> str:
+        """What results must have in common to stand in one CSV: the towers' weights, and how all trained."""
+        weights = zlib.crc32((DATA / "tiny_clip.safetensors").read_bytes())
+        return f"{weights:08x}/{self.epochs}/{self.rows or 'all'}/{' '.join(f'{rate:g}' for rate in self.rates)}"
+
+
+QUICK = Budget(rates=(3e-3, 1e-2), epochs=1, seeds=1, missing=("both", "none"), rows=13)
 
 
 class Task(NamedTuple):
@@ -124,7 +133,7 @@ def run(task: Task, rates: tuple[float, ...], budget: Budget) -> list[dict[str, 
     score, rate, seconds, epoch, model = max(found, key=lambda x: x[0])
     common: dict[str, Any] = {**task._asdict(), "learning_rate": f"{rate:g}", "epoch": epoch}
     common |= {"tried": " ".join(f"{x[1]:g}:{x[0]:.4f}" for x in found), "validation": f"{score:.4f}"}
-    common["seconds"] = f"{seconds:.1f}"
+    common |= {"seconds": f"{seconds:.1f}", "budget": budget.digest()}
     part, lines = data["test"], []
     # What a row gets depends on its own case alone: each row once in each case, and then any table.
     masks = torch.tensor([[True, True], [True, False], [False, True]])
@@ -146,11 +155,11 @@ def tasks(budget: Budget, part: int = 0, parts: int = 1) -> list[Task]:
     return [Task(*pair, trained, seed) for seed in seeds for trained in budget.missing for pair in pairs]
 
 
-def finished(path: Path) -> dict[Task, float]:
+def finished(path: Path, digest: str) -> dict[Task, float]:
     """The runs that are in the CSV, and their learning rates.
 
     Raises:
-        ValueError: If it is another CSV.
+        ValueError: If it is another CSV, or one of other weights or another budget.
     """
     if not path.exists():
         return {}
@@ -158,6 +167,8 @@ def finished(path: Path) -> dict[Task, float]:
         lines = list(csv.DictReader(file))
     if lines and tuple(lines[0]) != COLUMNS:
         raise ValueError(f"Expected {path} to be a CSV of this program to go on with, but its columns are others.")
+    if others := {x["budget"] for x in lines} - {digest}:
+        raise ValueError(f"Expected to go on with {path} with the budget {digest}, but it has {sorted(others)}.")
     return {Task(x["towers"], x["head"], x["trained"], int(x["seed"])): float(x["learning_rate"]) for x in lines}
 
 
@@ -183,9 +194,9 @@ def main() -> None:
     if arguments.report:
         return print("\n".join(section(arguments.output)))
     torch.set_num_threads(1)
-    budget = Budget((1e-3, 1e-2), 1, 1, ("both", "none"), 26) if arguments.quick else Budget()
+    budget = QUICK if arguments.quick else Budget()
     part, parts = map(int, arguments.part.split("/"))
-    known, todo = finished(arguments.output), tasks(budget, part, parts)
+    known, todo = finished(arguments.output, budget.digest()), tasks(budget, part, parts)
     for task in tqdm([task for task in todo if task not in known], unit="run"):
         tuned = task._replace(trained=TUNED, seed=0)
         rates = budget.rates if task == tuned else (known[tuned],)

@@ -19,7 +19,7 @@ from protohead.simulate import missing_table
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # Programs, not a package.
 from clip_model import LinearHead
-from tiny_clip import clip_art, tiny_clip
+from tiny_clip import DATA, clip_art, tiny_clip
 
 MODALITIES, SPLITS, RATE, BATCH = ("image", "text"), ("train", "val", "test"), 0.7, 32
 HEADS: dict[str, dict[str, Any]] = {
