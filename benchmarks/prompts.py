@@ -25,14 +25,13 @@ import copy
 import csv
 import io
 import time
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accuracy import validate
-from prompts_model import BATCH, DATA, HEADS, MODALITIES, SPLITS, Rows, build, pictures, pooled, present_of
+from prompts_model import BATCH, HEADS, MODALITIES, SPLITS, Rows, build, pictures, pooled, present_of, weights
 from prompts_report import TOWERS, section
 from torch import Tensor
 from tqdm import tqdm
@@ -59,8 +58,7 @@ class Budget(NamedTuple):
 
     def digest(self) -> str:
         """What results must have in common to stand in one CSV: the towers' weights, and how all trained."""
-        weights = zlib.crc32((DATA / "tiny_clip.safetensors").read_bytes())
-        return f"{weights:08x}/{self.epochs}/{self.rows or 'all'}/{' '.join(f'{rate:g}' for rate in self.rates)}"
+        return f"{weights()}/{self.epochs}/{self.rows or 'all'}/{' '.join(f'{rate:g}' for rate in self.rates)}"
 
 
 QUICK = Budget(rates=(3e-3, 1e-2), epochs=1, seeds=1, missing=("both", "none"), rows=13)

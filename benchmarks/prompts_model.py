@@ -4,6 +4,7 @@ import copy
 import csv
 import sys
 import time
+import zlib
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,6 +62,11 @@ class Tail(nn.Module):
 def clip_model() -> tuple[Any, Any, Any]:
     """The model, its transform and its tokenizer, which take seconds to make."""
     return tiny_clip()
+
+
+def weights() -> str:
+    """Which weights these are."""
+    return f"{zlib.crc32((DATA / 'tiny_clip.safetensors').read_bytes()):08x}"
 
 
 @cache
