@@ -207,7 +207,7 @@ def calibration(path: Path) -> list[str]:
     for other in (m for m in methods if m != OURS and seeds[m] and seeds.get(OURS)):
         both = [s for s in seeds[other] if s in seeds[OURS]]
         gains = [average(OURS, data, s, "after") - average(other, data, s, "after") for s in both]
-        rows.append([f"`{other}`", percent(mean(gains), "+"), interval(gains)])
+        rows.append([f"`{other}`", percent(mean(gains), "+"), interval(gains)[2]])
     lines += table([f"`{OURS}` minus, after", "difference", "95 %"], rows) * (len(rows) > 0)
     far = max(abs(float(x["before"]) - float(x["recorded"])) for found in known.values() for x in found.values())
     return [*lines, f"No model's ECE before differs from that in the tables above by more than {percent(far)}."]

@@ -79,27 +79,19 @@ class Results:
         cells = [cell for cell in cells if self.by_seed(a, [cell]) and self.by_seed(b, [cell])]
         x, y = self.by_seed(a, cells), self.by_seed(b, cells)
         values = [x[seed] - y[seed] for seed in x.keys() & y.keys()]
-        middle = mean(values)
-        if len(values) < 2:
-            return middle, 0, "–", math.nan
-        half, error, freedom = spread(values)
-        text = f"{percent(middle - half, '+')} to {percent(middle + half, '+')}"
-        p = 2 * float(student.sf(abs(middle) / error, freedom)) if error else float(middle == 0)
-        return middle, (middle > half) - (middle < -half), text, p
+        return interval(values)
 
 
-def spread(values: Sequence[float]) -> tuple[float, float, int]:
-    """Half the 95 % interval of a mean by Student's t, its standard error, and the degrees of freedom."""
-    error, freedom = float(np.std(values, ddof=1)) / math.sqrt(len(values)), len(values) - 1
-    return float(student.ppf(0.975, freedom)) * error, error, freedom
-
-
-def interval(values: Sequence[float]) -> str:
-    """95 %, as text."""
+def interval(values: Sequence[float]) -> tuple[float, int, str, float]:
+    """Of differences by seed: their mean; 1 or −1 if its 95 % interval is above or below 0; the interval; p."""
+    middle = mean(values)
     if len(values) < 2:
-        return "–"
-    middle, half = mean(values), spread(values)[0]
-    return f"{percent(middle - half, '+')} to {percent(middle + half, '+')}"
+        return middle, 0, "–", math.nan
+    error, freedom = float(np.std(values, ddof=1)) / math.sqrt(len(values)), len(values) - 1
+    half = float(student.ppf(0.975, freedom)) * error
+    text = f"{percent(middle - half, '+')} to {percent(middle + half, '+')}"
+    p = 2 * float(student.sf(abs(middle) / error, freedom)) if error else float(middle == 0)
+    return middle, (middle > half) - (middle < -half), text, p
 
 
 def holm(p_values: Iterable[float], level: float = 0.05) -> float:

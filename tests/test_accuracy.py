@@ -164,7 +164,7 @@ def test_a_quick_run_and_its_resumption(tmp_path, monkeypatch, capsys):
     data = written(tmp_path / "a.npz", rows=480)
     arguments = ["--quick", "--data", data, "--output", tmp_path, "--workers", 1]
     monkeypatch.setattr(sys, "argv", ["accuracy.py", *map(str, arguments)])
-    monkeypatch.setattr(report, "draw", lambda *arguments: None)
+    monkeypatch.setattr(report, "write_figures", lambda *arguments: None)
     monkeypatch.setattr(accuracy, "ProcessPoolExecutor", Here)
     accuracy.main()
     path = tmp_path / "accuracy.csv"

@@ -6,7 +6,7 @@ import sys
 import closed_form
 import encoders
 import open_clip
-import prompts
+import prompt_cost
 import pytest
 import speed
 import torch
@@ -84,10 +84,10 @@ def test_encoders(monkeypatch, capsys):
     assert [line.split("|")[-2].strip() for line in printed.splitlines()[-2:]] == ["1.00", "0.75"]
 
 
-def test_prompts(monkeypatch, capsys):
+def test_prompt_cost(monkeypatch, capsys):
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-for-a-test", TINY)
     sizes = ("--batch", 4, "--repeats", 1, "--length", 3, "--depth", 1)
-    call(monkeypatch, prompts, "--model", "tiny-for-a-test", *sizes)
+    call(monkeypatch, prompt_cost, "--model", "tiny-for-a-test", *sizes)
     rows = [line.split(" | ")[0].strip("| ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert rows == [
         "3 tokens in front",

@@ -1,13 +1,13 @@
 """The report says what the CSV says: its numbers, signs, significance and sentences, of scores made up here."""
 
 import csv
+import importlib
 import itertools
-from pathlib import Path
 
+import figures
 import pytest
+import results
 
-pytest.importorskip("matplotlib")
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 DATA = "toys"
 # Macro-F1 in percent by method and setting; protohead leads but for the rows that lack nothing.
 SCORES = {
@@ -22,11 +22,8 @@ SEEDS, NOISE = (-1.0, 0.0, 1.0), (-0.5, 0.0, 0.5)
 
 
 @pytest.fixture
-def module(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import report
-
-    return report
+def module():
+    return importlib.import_module("report")  # `report` is a fixture.
 
 
 def lines(scores=SCORES, seeds=(0, 1, 2), data=DATA, **changed):
@@ -73,7 +70,7 @@ def write(folder, rows):
 @pytest.fixture
 def report(module, monkeypatch, tmp_path):
     """The text of a report; figures, which take their time, are left out."""
-    monkeypatch.setattr(module, "draw", lambda *arguments: None)
+    monkeypatch.setattr(module, "write_figures", lambda *arguments: None)
 
     def make(rows=None):
         module.write_report(write(tmp_path, lines() if rows is None else rows))
@@ -114,8 +111,8 @@ def test_verdict(report):
     ("p_values", "limit"),
     [([0.04, 0.01, 0.02], 0.04), ([0.02, 0.03, 0.04], -1), ([0.9, 0.01, 0.03], 0.01), ([0.0, 1.0], 0.0), ([], -1)],
 )
-def test_holm(module, p_values, limit):
-    assert module.holm(p_values) == limit
+def test_holm(p_values, limit):
+    assert results.holm(p_values) == limit
 
 
 def test_a_correction_takes_what_chance_may_give(report):
@@ -272,7 +269,7 @@ def test_figures(module, tmp_path):
 
 def test_figures_without_the_methods_that_they_name(module, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(module.Figure, "savefig", lambda figure, path, dpi: drawn.append(path.name))
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, path, dpi: drawn.append(path.name))
     module.write_report(write(tmp_path, lines({"late fusion": SCORES["linear"]}, seeds=(0, 1))))
     assert set(drawn) == FIGURES
 
@@ -282,8 +279,8 @@ def test_reliability_sums_the_seeds(module, tmp_path):
     for line in rows:
         if line["reliability"] and line["seed"] == 2:
             line["reliability"] = "30:0.210:0.100"
-    axis = module.Figure().subplots()
-    module.draw_reliability(module.Results(write(tmp_path, rows)), axis, DATA, "text")
+    axis = figures.Figure().subplots()
+    figures.draw_reliability(results.Results(write(tmp_path, rows)), axis, DATA, "text")
     x, y = axis.lines[1].get_data()
     assert x == pytest.approx([(20 * 0.25 + 30 * 0.21) / 50, 0.95])
     assert y == pytest.approx([(20 * 0.3 + 30 * 0.1) / 50, 0.9])
@@ -291,7 +288,7 @@ def test_reliability_sums_the_seeds(module, tmp_path):
 
 
 def test_curves_by_rate(module, tmp_path):
-    axis = module.Figure().subplots()
-    module.draw_rates(module.Results(write(tmp_path, lines())), axis, DATA, "all rows")
+    axis = figures.Figure().subplots()
+    figures.draw_rates(results.Results(write(tmp_path, lines())), axis, DATA, "all rows")
     drawn = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
     assert [value for point in drawn["protohead"] for value in point] == pytest.approx([0, 58, 70, 50])
