@@ -193,6 +193,18 @@ def test_each_case_gets_what_fits_it_best(several, options):
         assert loss(logits[rows], labels[rows]) < loss(raw[rows], labels[rows]) - 1e-3
 
 
+def test_logits_of_either_side_have_their_temperature():
+    head, (features, _, present), _ = calibrated(True)
+    raw, case = uncalibrated(head), present.long().unbind(1)
+    for x in (head, raw):
+        x.bias.data.sub_(raw(features, present).median())  # Else hardly any are above 0, or hardly any below.
+    head.temperature[...] = torch.tensor([0.5, 3.0])
+    logits, before = head(features, present), raw(features, present)
+    assert 0.4 < (before > 0).double().mean() < 0.6
+    torch.testing.assert_close(logits, apply(before, ((0.5, 3.0), head.shift[case])).to(logits))
+    torch.testing.assert_close(head.contributions(features, present).sum(1), logits)
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_contributions_still_sum_to_the_logits(several):
     head, (features, _, present), _ = calibrated(several)
