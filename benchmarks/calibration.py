@@ -113,7 +113,8 @@ def run(task: Task, known: dict[tuple[str, ...], dict[str, str]], folder: Path) 
     key, modalities = task.key(data.name), list(data.features)
     training, validation = (rows_of(data, name, task.missing, task.rate, task.seed) for name in ("train", "val"))
     tests = [(task.missing, task.rate)] + [("all", 0.7)] * (task.rate == 0)
-    chosen = known[(*key, tests[0][0], f"{tests[0][1]:g}")]
+    own = (*key, tests[0][0], f"{tests[0][1]:g}")
+    chosen = known[own]
     path = folder / ("|".join(key).replace(" ", "_") + ".pt")
     model = model_of(task, data, training, validation, chosen, path)
     with torch.no_grad():
@@ -123,7 +124,8 @@ def run(task: Task, known: dict[tuple[str, ...], dict[str, str]], folder: Path) 
             logits = model(test.features, test.present)
             line = {"test_missing": missing, "test_rate": f"{rate:g}"}
             errors = scores(logits, calibrated(logits, test.present, fits), test.labels)
-            recorded = known[(*key, *line.values())]["ece"]
+            place = (*key, *line.values())
+            recorded = known[place]["ece"]
             yield (
                 dict(zip(KEY, key, strict=True))
                 | line

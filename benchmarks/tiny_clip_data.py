@@ -33,6 +33,7 @@ WHITE = (255, 255, 255)
 class Corpus(NamedTuple):
     """The data of a training."""
 
+    names: list[str]  # Of the N pictures.
     views: NDArray[np.uint8]  # (N, VIEWS, 64, 64, 3)
     said: NDArray[np.float16]  # (N, VIEWS, 1280): what the picture's teacher says of each.
     mean: Tensor  # (1280,) over the training pictures.
@@ -62,7 +63,7 @@ def corpus(debian: Path, teachers: Path, work: Path, features: Path) -> Corpus:
     words = kept[kept > max(t for of in texts_of.values() for t in of)]
     mean = torch.as_tensor(said[train].astype(np.float32)).mean((0, 1))
     print(f"{len(train)} pictures, {len(texts)} texts, {len(vocabulary)} tokens.")
-    return Corpus(views, said, mean, train, tokens, meant, texts_of, words, vocabulary)
+    return Corpus(names, views, said, mean, train, tokens, meant, texts_of, words, vocabulary)
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
@@ -101,7 +102,8 @@ def squared(path: Path) -> Image.Image:
     white = Image.new("RGBA", image.size, (*WHITE, 255))
     white.alpha_composite(image)
     flat = white.convert("RGB")
-    drawn = (np.asarray(flat) < 250).any(2)
+    pixels: NDArray[np.uint8] = np.asarray(flat)
+    drawn = np.any(pixels < 250, axis=2)
     if drawn.any():
         rows, columns = np.flatnonzero(drawn.any(1)), np.flatnonzero(drawn.any(0))
         flat = flat.crop((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
@@ -245,11 +247,14 @@ def meanings(texts: list[str], teachers: Path, work: Path) -> NDArray[np.float16
         meant = np.zeros((len(texts), 384), np.float16)
         for start in tqdm(range(0, len(order), 256), desc="texts"):
             some = order[start : start + 256]
-            batch = tokenizer([texts[t] for t in some], padding=True, truncation=True, max_length=32, return_tensors="pt")
+            batch = tokenizer(
+                [texts[t] for t in some], padding=True, truncation=True, max_length=32, return_tensors="pt"
+            )
             with torch.autocast("cpu", torch.bfloat16):
                 hidden = model(**batch).last_hidden_state.float()
             there = batch["attention_mask"][..., None]
             meant[some] = F.normalize((hidden * there).sum(1) / there.sum(1), dim=1).numpy()
         np.save(file, meant)
         listed.write_text(json.dumps(texts), "utf-8")
-    return np.load(file)
+    result: NDArray[np.float16] = np.load(file)
+    return result

@@ -10,7 +10,9 @@ rows of the 13 classes (FILE.npz is the full-width features of these, with ids a
 of these. A few thousand pictures teach little alone, so each tower also learns to say what a teacher says:
 EfficientNet-Lite2 of three views of each picture, all-MiniLM-L6-v2 of the texts and of WordNet's words. The loss is
 the contrastive one of CLIP between a view and a text of its picture, and 1 - cosine for each teacher, through a linear
-map that is thrown away. No class label is used. Writes tiny_clip.safetensors, and the curve and the scores as .json.
+map that is thrown away. No class label is used. Writes to the folder `work`: the weights, the zip of pictures of the 13
+classes, the list of the pictures that were trained on, and the curve. Takes two hours of two cores. The scores are
+printed by tiny_clip_scores.py.
 """
 
 import argparse
@@ -25,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from safetensors.torch import save_file
-from tiny_clip_data import Corpus, corpus
+from tiny_clip_data import Corpus, corpus, write_pictures
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -46,7 +48,10 @@ class Student(nn.Module):
         self.to_image, self.to_text = nn.Linear(128, 1280), nn.Linear(128, 384)
 
     def loss(self, views: Tensor, said: Tensor, tokens: Tensor, meant: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Contrastive, and 1 - cosine to the teachers' (B, 1280) `said` and (T, 384) `meant`; T texts, the first B of the views."""
+        """Contrastive, and 1 - cosine to the teachers' (B, 1280) `said` and (T, 384) `meant`.
+
+        The first B of the T texts are those of the views.
+        """
         image, text = self.clip.encode_image(views), self.clip.encode_text(tokens)
         logits = self.clip.logit_scale.exp() * F.normalize(image, dim=1) @ F.normalize(text[: len(image)], dim=1).T
         pairs = torch.arange(len(image))
@@ -116,8 +121,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
+    write_pictures(arguments.debian, arguments.features, arguments.work / "openclipart13.zip")
     data = corpus(arguments.debian, arguments.teachers, arguments.work, arguments.features)
-    log = arguments.work / "curve.jsonl"
+    (arguments.work / "tiny_clip_pictures.txt").write_text("\n".join(data.names[i] for i in data.train) + "\n", "utf-8")
+    log = arguments.work / "tiny_clip_curve.jsonl"
     log.unlink(missing_ok=True)
     student = train(data, arguments.steps, log)
     weights = {name: w.detach().half().contiguous() for name, w in student.clip.state_dict().items()}

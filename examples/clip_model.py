@@ -7,6 +7,7 @@ from typing import Any
 import open_clip
 import torch
 from files import InputError
+from tiny_clip import tiny_clip
 from torch import Tensor, nn
 
 from protohead import PrototypeClassifier, attach, replace_module
@@ -53,21 +54,28 @@ def build(settings: dict[str, Any]) -> tuple[PrototypeClassifier, Any, Any, Any]
     Raises:
         InputError: If open_clip cannot load the model, or a setting is not as said.
     """
-    name, tag, known = settings["model"], settings["pretrained"], open_clip.list_models()
-    if ":" not in name and name.replace("/", "-") not in known:
-        near = get_close_matches(name, known, n=5, cutoff=0.4) or known
-        raise InputError(f"Expected --model to be one of open_clip's, but got {name!r}; nearest: {', '.join(near)}.")
     torch.manual_seed(settings["seed"])  # Random weights must be the same again when --predict builds them.
-    try:
-        clip, augment, transform = open_clip.create_model_and_transforms(name, tag)
-        tokenizer = open_clip.get_tokenizer(name)
-    except Exception as error:  # open_clip and the model hub raise many kinds.
-        tags = f"; its tags: {', '.join(open_clip.list_pretrained_tags_by_model(name))}" if tag else ""
-        raise InputError(f"Expected --model and --pretrained that load, but got {error}{tags}.") from error
+    clip, augment, transform, tokenizer = _clip(settings["model"], settings["pretrained"])
     try:
         return _attached(clip, settings), augment, transform, tokenizer
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+def _clip(name: str, tag: str | None) -> tuple[Any, Any, Any, Any]:
+    if name == "tiny":
+        clip, transform, tokenizer = tiny_clip()
+        return clip, open_clip.image_transform(clip.visual.image_size, is_train=True), transform, tokenizer
+    known = open_clip.list_models()
+    if ":" not in name and name.replace("/", "-") not in known:
+        near = get_close_matches(name, known, n=5, cutoff=0.4) or known
+        raise InputError(f"Expected --model to be one of open_clip's, but got {name!r}; nearest: {', '.join(near)}.")
+    try:
+        clip, augment, transform = open_clip.create_model_and_transforms(name, tag)
+        return clip, augment, transform, open_clip.get_tokenizer(name)
+    except Exception as error:  # open_clip and the model hub raise many kinds.
+        tags = f"; its tags: {', '.join(open_clip.list_pretrained_tags_by_model(name))}" if tag else ""
+        raise InputError(f"Expected --model and --pretrained that load, but got {error}{tags}.") from error
 
 
 def _attached(clip: nn.Module, settings: dict[str, Any]) -> PrototypeClassifier:

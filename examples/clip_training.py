@@ -13,6 +13,7 @@ import torch
 from clip_model import build
 from files import MODALITIES, InputError
 from rows import Row, Rows, map_order, missing_of, present_of, read, split_rows
+from tiny_clip import clip_art
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler, TensorDataset
 from tqdm import tqdm
@@ -83,14 +84,15 @@ def predict(model: PrototypeClassifier, data: Any, arguments: argparse.Namespace
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Train on --data; write the model, its settings and the test scores to --output."""
+    """Train on --data, by default the clip art; write the model, its settings and the test scores to --output."""
+    arguments.data = arguments.data or clip_art() / "data.csv"
     splits, present, classes, several = prepare(arguments)
     settings = {**vars(arguments), "classes": classes, "several": several, "threshold": 0.5}
     if arguments.pretrained and Path(arguments.pretrained).is_file():
         settings["pretrained"] = str(Path(arguments.pretrained).resolve())  # --predict may run elsewhere.
     model, augment, transform, tokenizer = build(settings)
     model.to(arguments.device)
-    if not arguments.pretrained and ":" not in arguments.model:
+    if not arguments.pretrained and ":" not in arguments.model and arguments.model != "tiny":
         print("Warning: the weights of CLIP are random: without --pretrained this only shows that the program runs.")
     tuned = bool(arguments.trainable) or arguments.prompts != "none"
     data: dict[str, Any] = {}

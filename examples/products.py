@@ -1,14 +1,13 @@
 """Products with a picture, a title and a table of numbers, each of which may lack any: CLIP and an encoder of your own.
 
-    python examples/products.py                                             # a small random CLIP, half a minute
-    python examples/products.py --model ViT-B-32 --pretrained openai        # pretrained
+    python examples/products.py                                             # the tiny CLIP of examples/data, a minute
+    python examples/products.py --model ViT-B-32 --pretrained openai        # a large one
 
 CLIP's towers stay frozen: they encode pictures and titles once. On these features the head trains, and with it the
 small encoder of the numbers, which has gaps of its own: some products lack one number or two, some the whole table.
 
 The products are drawn here; put your own in the place of `draw`. The picture shows a shape, the title says a material,
-and the numbers tell small from large, so that only all three together tell the class, one of twelve. Without --model
-the CLIP is small and random: its scores show that the program works, not what the method does.
+and the numbers tell small from large, so that only all three together tell the class, one of twelve.
 """
 
 import argparse
@@ -18,8 +17,8 @@ from pathlib import Path
 def options() -> argparse.ArgumentParser:
     """What the program takes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="open_clip's name; none: a small random CLIP")
-    parser.add_argument("--pretrained", help="tag or checkpoint file of the weights; none: random")
+    parser.add_argument("--model", help="open_clip's name (default: the tiny CLIP)")
+    parser.add_argument("--pretrained", help="tag or checkpoint file of the weights of --model; none: random")
     parser.add_argument("--count", type=int, default=2000, help="how many products are drawn (default: 2000)")
     parser.add_argument("--missing-rate", type=float, default=0.25, help="of pictures, of titles, of tables")
     parser.add_argument("--epochs", type=int, default=30, help="(default: 30)")
@@ -39,6 +38,7 @@ from typing import Any, NamedTuple
 import open_clip
 import torch
 from PIL import Image, ImageDraw
+from tiny_clip import tiny_clip
 from torch import Tensor, nn
 
 from protohead import PrototypeClassifier, attach
@@ -145,10 +145,7 @@ def build(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
     if arguments.model:
         clip, _, transform = open_clip.create_model_and_transforms(arguments.model, arguments.pretrained)
         return clip, transform, open_clip.get_tokenizer(arguments.model)
-    vision = {"image_size": 32, "layers": 2, "width": 128, "head_width": 32, "patch_size": 8}
-    text = {"context_length": 12, "width": 128, "heads": 4, "layers": 2}
-    clip = open_clip.CLIP(embed_dim=128, vision_cfg=vision, text_cfg=text)
-    return clip, open_clip.image_transform(32, is_train=False), open_clip.SimpleTokenizer(context_length=12)
+    return tiny_clip()
 
 
 def cache(model: PrototypeClassifier, batch: Batch) -> Batch:

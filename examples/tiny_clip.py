@@ -7,7 +7,9 @@ what it was trained on. The pictures are clip art of 64 x 64 pixels, with titles
 import json
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import open_clip
@@ -34,7 +36,11 @@ def tiny_clip() -> tuple[open_clip.CLIP, Any, Callable[[Any], torch.Tensor]]:
 def clip_art() -> Path:
     """A folder with data.csv (id, image, text, label, split) and the pictures, unpacked the first time."""
     folder = DATA / "openclipart13"
-    if not (folder / "data.csv").exists():
-        with zipfile.ZipFile(DATA / "openclipart13.zip") as file:
-            file.extractall(folder)
+    if not folder.exists():
+        # First beside it, so that nobody finds a part.
+        with TemporaryDirectory(prefix="openclipart13.", dir=DATA) as beside:
+            with zipfile.ZipFile(DATA / "openclipart13.zip") as file:
+                file.extractall(f"{beside}/all")
+            with suppress(OSError):  # Another process was faster.
+                Path(beside, "all").rename(folder)
     return folder

@@ -58,7 +58,7 @@ def prototypes(moments: Moments, centers: list[Tensor], within: bool, shrinkage:
     """M tensors (K, D_m), of length one; zeros for a class that no row with the modality has.
 
     Args:
-        moments: Of :mod:`protohead.moments`.
+        moments: Of `protohead.moments`.
         centers: M tensors (D_m,).
         within: Whether C is the covariance within the classes: for one label, and a head with a center.
         shrinkage: γ in [0, 1]. Small ones need more rows than dimensions.

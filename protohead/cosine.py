@@ -14,7 +14,7 @@ NOISE = 64  # Times the dtype's epsilon: how much a feature must differ from its
 
 
 def case_cosine(x: Tensor, prototypes: Tensor, block: Tensor, center: Tensor | None = None) -> Tensor:
-    """Cosines of one modality's features with the prototypes of each row's missing case: ĥ[i,m] · ŵ[m][c_i,k].
+    """Cosines of one modality's features with the prototypes of each row's missing case: `ĥ[i,m] · ŵ[m][c_i,k]`.
 
     On the CPU in eager mode the rows that share a block are multiplied by it together. Elsewhere every block is
     multiplied and each row takes its own, which waits for no device and can be recorded in a graph.

@@ -65,7 +65,7 @@ def _with_blanks(x: Any, present: Tensor) -> Any:
         return {key: _with_blanks(value, present) for key, value in x.items()}
     if not isinstance(x, Tensor):
         return x
-    here = present.to(x.device)[(slice(None), *[None] * (x.dim() - 1))]
+    here = present.to(x.device).reshape(-1, *[1] * (x.dim() - 1))
     if x.dtype == torch.bool:  # ONNX Runtime has no `where` of booleans.
         return x | ~here
     return torch.where(here, x, blank_row(x))

@@ -1,4 +1,4 @@
-"""Slow, obvious transcriptions of the formulas in the README, one row, class and prototype at a time."""
+"""Slow, obvious transcriptions of the formulas in docs/method.md, one row, class and prototype at a time."""
 
 import math
 from itertools import combinations

@@ -31,7 +31,7 @@ def batch(rows=7, widths=WIDTHS):
 
 
 def slow_logits(head, features, present, labels):
-    """The README's formula with the center and the bias, one number at a time."""
+    """The formula of docs/method.md with the center and the bias, one number at a time."""
     centers = dict(zip(head.modalities, head.center.split(list(head.in_features.values())), strict=True))
     moved = {name: x - centers[name] for name, x in features.items()}
     labels = torch.full((len(present),), -100) if labels is None else labels

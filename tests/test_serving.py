@@ -1,8 +1,6 @@
 """Models that `attach` has made in recorded graphs: torch.export, ONNX, torch.compile; and the page in docs."""
 
 import copy
-import re
-from pathlib import Path
 
 import onnxruntime
 import pytest
@@ -172,12 +170,3 @@ def test_an_encoder_that_says_nan_is_an_error():
     present = torch.tensor([[True], [False], [True]])
     assert model({"image": x}, present)[1].tolist() == [0, 0, 0]
     assert model.head.seen.tolist() == [[2]]
-
-
-def test_page(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
-    names = {}
-    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
-        exec(block, names)
-    assert (tmp_path / "model.onnx").exists()

@@ -106,7 +106,7 @@ class PromptedTowers(nn.Module):
             if rows is not None:
                 x = select_rows(x, rows, batch_size(name, x))
             with blocks.prompted(self._edits(name, [1, 1], first)):
-                encoded = encode_present(name, getattr(self.towers, self.methods[name]), x, column)
+                encoded: Any = encode_present(name, getattr(self.towers, self.methods[name]), x, column)
             features[name] = encoded
         return features
 
