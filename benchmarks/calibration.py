@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accuracy import CLOSED, HERE, KEY, SMALL, Rows, Task, read, rows_of, tasks, train
 from features import Data
 from methods import METHODS
@@ -24,11 +25,11 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_calibration_error
 from tqdm import tqdm
 
-from protohead.calibration import fit_cases
+from protohead.calibration import Fit, fit_cases
 from protohead.cases import case_masks
 
-COLUMNS = (*KEY, "test_missing", "test_rate", "recorded", "before", "after")
-Fits = dict[str, tuple[float, float]]
+COLUMNS = (*KEY, "test_missing", "test_rate", "recorded", "before", "after", "floor", "loss")
+Fits = dict[str, Fit]
 
 
 def choices(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
@@ -53,7 +54,7 @@ def model_of(task: Task, data: Data, training: Rows, validation: Rows, chosen: d
 
 
 def fit(model: nn.Module, validation: Rows, modalities: list[str]) -> Fits:
-    """Temperature and shift by missing case, of any model."""
+    """Temperatures and shifts by missing case, of any model."""
 
     def logits_of(index: Tensor, case: Tensor | None) -> Tensor:
         rows = validation.take(index)
@@ -67,22 +68,43 @@ def fit(model: nn.Module, validation: Rows, modalities: list[str]) -> Fits:
 
 def calibrated(logits: Tensor, present: Tensor, fits: Fits) -> Tensor:
     """The logits of each row as its case has them."""
-    masks = case_masks(list(max(fits, key=len).split("+")))
+    masks, found = case_masks(list(max(fits, key=len).split("+"))), logits.double()
     for mask, (temperature, shift) in zip(masks, fits.values(), strict=True):
         rows = (present == mask).all(1, keepdim=True)
-        logits = torch.where(rows, logits / temperature + shift, logits)
-    return logits
+        fitted = logits / torch.where(logits > 0, temperature[1], temperature[0]) + shift
+        found = torch.where(rows, fitted, found)
+    return found
 
 
-def calibration_error(logits: Tensor, labels: Tensor) -> float:
-    """As `evaluate` has it."""
+def said_and_right(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities of what is said, and whether it is right, as `evaluate` has them."""
     if labels.is_floating_point():
-        said, right = logits.double().sigmoid().flatten(), labels.flatten()
-    else:
-        said, answer = logits.double().softmax(1).max(1)
-        right = (answer == labels).float()
+        return logits.double().sigmoid().flatten(), labels.flatten()
+    said, answer = logits.double().softmax(1).max(1)
+    return said, (answer == labels).float()
+
+
+def calibration_error(said: Tensor, right: Tensor) -> float:
+    """As `evaluate` has it."""
     error: float = binary_calibration_error(said.clamp(max=1 - 1e-12), right.long(), n_bins=15).item()
     return error
+
+
+def floor(said: Tensor, draws: int = 20) -> float:
+    """The calibration error if the probabilities were true: by chance it is not 0 on so many rows."""
+    generator = torch.Generator().manual_seed(0)
+    each = [calibration_error(said, torch.bernoulli(said, generator=generator)) for _ in range(draws)]
+    return sum(each) / draws
+
+
+def scores(logits: Tensor, calibrated: Tensor, labels: Tensor) -> dict[str, float]:
+    """ECE before and after, that of true probabilities, and the log loss after."""
+    said, right = said_and_right(calibrated, labels)
+    before = calibration_error(*said_and_right(logits, labels))
+    loss = F.binary_cross_entropy_with_logits if labels.is_floating_point() else F.cross_entropy
+    answers = labels.to(calibrated) if labels.is_floating_point() else labels
+    after = calibration_error(said, right)
+    return {"before": before, "after": after, "floor": floor(said), "loss": loss(calibrated, answers).item()}
 
 
 def run(task: Task, known: dict[tuple[str, ...], dict[str, str]], folder: Path) -> Iterator[dict[str, Any]]:
@@ -101,8 +123,7 @@ def run(task: Task, known: dict[tuple[str, ...], dict[str, str]], folder: Path) 
             test = rows_of(data, "test", missing, rate, task.seed)
             logits = model(test.features, test.present)
             line = {"test_missing": missing, "test_rate": f"{rate:g}"}
-            after = calibrated(logits, test.present, fits)
-            errors = {"before": calibration_error(logits, test.labels), "after": calibration_error(after, test.labels)}
+            errors = scores(logits, calibrated(logits, test.present, fits), test.labels)
             place = (*key, *line.values())
             recorded = known[place]["ece"]
             yield (

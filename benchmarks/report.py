@@ -187,20 +187,27 @@ def calibration(path: Path) -> list[str]:
     def average(method: str, names: Sequence[str], seed: int, column: str, alike: bool = True) -> float:
         return mean([x for name in names for x in errors(method, name, seed, column, alike)])
 
-    def row(title: str, names: Sequence[str], columns: Sequence[str], alike: bool = True) -> Row:
+    def row(title: str, names: Sequence[str], columns: Sequence[str], alike: bool = True, text: Any = percent) -> Row:
         # A method of which no seed is finished in all data has its data sets.
         some = {m: [s for s in range(99) if all((name, s, m) in known for name in names)] for m in methods}
         each = {m: [mean([average(m, names, s, c, alike) for s in some[m]]) for c in columns] for m in methods}
-        return [title, *(" → ".join(map(percent, each[m])) for m in methods)]
+        return [title, *(" → ".join(map(text, each[m])) for m in methods)]
 
     lines = [
-        "ECE before → after calibration on the validation rows: a temperature for each missing case and, for several",
-        "labels, a shift, found by the function that `head.calibrate` uses. The models are those above, trained anew.",
+        "ECE before → after calibration on the validation rows, by the function that `head.calibrate` uses: for each",
+        "missing case a temperature or, for several labels, two, below 0 and above, and a shift for each class.",
+        "The models are those above, trained anew.",
         "How many seeds are finished in all data: " + ", ".join(f"`{m}` {len(seeds[m])}" for m in methods) + ".",
-        *table(["ECE", *methods], [row(name, [name], ("before", "after")) for name in data]),
     ]
-    if len(data) > 1:
-        lines[-1:] = [*table(["ECE", *methods], [row("all cells", data, ("before", "after"))])[3:]]
+    groups = [*((name, [name]) for name in data), *[("all cells", data)] * (len(data) > 1)]
+    lines += table(["ECE", *methods], [row(name, names, ("before", "after")) for name, names in groups])
+    lines += ["By chance it is not 0 on so many rows. If the probabilities after were true, it would be on average:"]
+    lines += table(["ECE", *methods], [row(name, names, ("floor",)) for name, names in groups])
+    lines += ["The log loss after, which has no such floor, and is what calibration makes small:"]
+    losses = [
+        row(name, names, ("loss",), text=lambda x: "–" if math.isnan(x) else f"{x:.3f}") for name, names in groups
+    ]
+    lines += table(["log loss", *methods], losses)
     gaps = row("tested with all, 70 %", data, ("before", "after"), alike=False)
     lines += ["Trained and calibrated on complete rows:", *table(["ECE", *methods], [gaps])]
     rows = list[Row]()

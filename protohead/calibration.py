@@ -1,7 +1,8 @@
 """Probabilities that are true: what turns the logits of each missing case into those that match frequencies.
 
-They are divided by a temperature (Guo et al., arXiv 1706.04599). Where a row may have several labels a number is added,
-too (Platt, 1999): the probabilities of a row can all be too high there, as those of softmax cannot.
+They are divided by a temperature (Guo et al., arXiv 1706.04599), which leaves the answers as they are. Where a row may
+have several labels, each with a probability of its own, logits below 0 and above 0 have a temperature each, since
+cosines have a bound, and a number is added for each class (Platt, 1999; Kull et al., 2017).
 """
 
 import math
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from protohead.cases import block_index, case_masks, case_names
@@ -18,11 +20,14 @@ from protohead.logits import uncalibrate
 from protohead.moments import Rows
 from protohead.sharding import from_all_ranks
 
-__all__ = ["calibrate", "fit_cases"]
+__all__ = ["Fit", "calibrate", "fit_cases"]
+
+Fit = tuple[Tensor, Tensor]  # (2,) temperatures, of logits below 0 and above, and the (K,) shifts.
 
 MIN_ROWS = 20  # From which rows are enough for a case.
 MAX_LOG_T = math.log(100)  # log T is sought from -MAX_LOG_T to MAX_LOG_T,
 STEPS = 40  # by halving this interval so often.
+PRIOR = 0.5  # Standard deviation of what is fitted for several labels.
 CHUNK = 4096  # Rows that the head is given at a time.
 
 
@@ -50,8 +55,8 @@ def calibrate(head: Any, features: Any, labels: Tensor | None, present: Any) -> 
         head.train(mode)
     place = case_masks(head.modalities).long().to(head.seen.device).unbind(1)
     for buffer, values in zip((head.temperature, head.shift), zip(*found.values(), strict=True), strict=True):
-        buffer[place] = buffer.new_tensor(values)
-    return {case: temperature for case, (temperature, _) in found.items()}
+        buffer[place] = torch.stack(values).to(buffer)
+    return {case: temperature[0].item() for case, (temperature, _) in found.items()}
 
 
 def fit_cases(
@@ -59,11 +64,12 @@ def fit_cases(
     labels: Tensor,
     present: Tensor,
     modalities: Sequence[str],
-) -> dict[str, tuple[float, float]]:
-    """For each case the temperature T and the number b for which ``logits / T + b`` fit best.
+) -> dict[str, Fit]:
+    """For each case the temperatures T and the shifts b for which ``logits / T + b`` fit best.
 
-    They minimise the cross-entropy of one label, where b is 0, or the binary cross-entropy of several, over the rows of
-    the case, if these are enough; else over the rows that hold the case, as if they had no more; else over all rows.
+    They minimise the cross-entropy of one label, where there is one T and b is 0, or the binary cross-entropy of
+    several, with a small penalty, over the rows of the case, if these are enough; else over the rows that hold the
+    case, as if they had no more; else over all rows.
 
     Args:
         logits_of: Called with the (n,) indices of some rows and a case, (M,) bool on the CPU: their (n, K) logits if
@@ -73,10 +79,12 @@ def fit_cases(
         modalities: The M names.
 
     Returns:
-        Name of each of the 2^M − 1 cases, in order, to T in [0.01, 100] and b; 1 where the logits say nothing.
+        Name of each of the 2^M − 1 cases, in order, to T, (2,), of logits below 0 and above, and b, (K,). T is 1 where
+        the logits say nothing; of one label it is in [0.01, 100].
 
     Warns:
-        UserWarning: If a T is at a bound, since the rows give none: all are right, or the logits no better than chance.
+        UserWarning: If a T of one label is at a bound, since the rows give none: all are right, or the logits no better
+            than chance.
     """
     found = {}
     for name, mask in zip(case_names(modalities), case_masks(modalities), strict=True):
@@ -89,8 +97,10 @@ def fit_cases(
         else:
             chosen, case = torch.ones_like(own), None
         index = chosen.nonzero()[:, 0]
-        found[name] = _fit(logits_of(index, case).double(), labels[index])
-    if extreme := {name: t for name, (t, _) in found.items() if abs(math.log(t)) > 0.999 * MAX_LOG_T}:
+        fit = _fit_several if labels.is_floating_point() else _fit_one
+        found[name] = fit(logits_of(index, case).double(), labels[index])
+    ones = {} if labels.is_floating_point() else {name: t[0].item() for name, (t, _) in found.items()}
+    if extreme := {name: t for name, t in ones.items() if abs(math.log(t)) > 0.999 * MAX_LOG_T}:
         warnings.warn(
             f"Temperatures at a bound: {', '.join(f'{name} {t:.3g}' for name, t in extreme.items())}. At 0.01 (almost) "
             "all rows are right, at 100 the logits are no better than chance.",
@@ -99,48 +109,44 @@ def fit_cases(
     return found
 
 
-def _fit(logits: Tensor, labels: Tensor) -> tuple[float, float]:
-    """T and b of least loss. With the best b for each T, the loss is convex in 1/T, and its slope is 0 at the best."""
-    several, shift = labels.is_floating_point(), 0.0
-    if several:
-        labels = labels.double()
-        rate = labels.mean().item()
-        rate = min(max(rate, 0.5 / labels.numel()), 1 - 0.5 / labels.numel())  # As if half a label were otherwise.
-        says_nothing = bool((logits == logits[0, 0]).all())
-    else:
-        logits = logits - logits.gather(1, labels[:, None])  # How far each is above that of the label.
-        says_nothing = not logits.any()
+def _fit_one(logits: Tensor, labels: Tensor) -> Fit:
+    """Of one label: the loss is convex in 1/T, and its slope is 0 at the best."""
+    none = logits.new_zeros(logits.shape[1])
+    logits = logits - logits.gather(1, labels[:, None])  # How far each is above that of the label.
     low, high = -MAX_LOG_T, MAX_LOG_T
-    for _ in range(STEPS):
+    for _ in range(STEPS if logits.any() else 0):
         middle = (low + high) / 2
-        scaled = logits * math.exp(-middle)
-        if several:
-            shift = _shift(scaled, rate, shift)
-            slope = (logits * ((scaled + shift).sigmoid() - labels)).sum()
-        else:
-            slope = (logits * scaled.softmax(1)).sum()
-        if says_nothing:
-            return 1.0, shift
+        slope = (logits * (logits * math.exp(-middle)).softmax(1)).sum()
         low, high = (middle, high) if slope > 0 else (low, middle)
-    return math.exp(middle), shift
+    return logits.new_full((2,), math.exp((low + high) / 2)), none
 
 
-def _shift(logits: Tensor, rate: float, start: float) -> float:
-    """The b for which the probabilities are the rate on average: Newton's steps, within an interval that shrinks."""
-    reach = math.log(rate / (1 - rate))
-    low, high = reach - logits.max().item(), reach - logits.min().item()
-    shift = min(max(start, low), high)
-    for _ in range(100):
-        probability = (logits + shift).sigmoid()
-        error = probability.mean().item() - rate
-        low, high = (low, shift) if error > 0 else (shift, high)
-        steepness = (probability * (1 - probability)).mean().item()
-        step = shift - error / max(steepness, 1e-300)
-        step = step if low < step < high else (low + high) / 2
-        if abs(step - shift) < 1e-9 * (1 + abs(shift)):
-            break
-        shift = step
-    return shift
+def _fit_several(logits: Tensor, labels: Tensor) -> Fit:
+    """Of several labels: by L-BFGS, from the temperature that makes the standard deviation of the logits 1.
+
+    The penalty is that of a normal distribution of log T around this, of the other log T around the first, and of each
+    class's shift around the common one. So few rows move them little, and no rows make them infinite.
+    """
+    labels, count = labels.double(), labels.numel()
+    labels = (count * labels + 0.5) / (count + 1)  # As if half a label were otherwise: the common shift is finite, too.
+    spread = (logits - logits[0, 0]).std(correction=0).item() or 1.0
+    below, above = logits.clamp(max=0) / spread, logits.clamp(min=0) / spread
+    x = logits.new_zeros(3 + logits.shape[1])  # The steepness of either side, as logarithms; common shift; by class.
+    optimizer = torch.optim.LBFGS([x], max_iter=200, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        steep = x[:2].exp()
+        fitted = steep[0] * below + steep[1] * above + x[2] + x[3:]
+        error = fitted.sigmoid() - labels
+        slope = torch.stack([(error * below).sum() * steep[0], (error * above).sum() * steep[1], error.sum()])
+        off = torch.cat([x[:1], x[1:2] - x[:1], x[3:]]) / PRIOR**2
+        x.grad = torch.cat([slope, error.sum(0) + off[2:]])
+        x.grad[:2] += torch.stack([off[0] - off[1], off[1]])
+        bce = F.binary_cross_entropy_with_logits(fitted, labels, reduction="sum")
+        return bce + off.square().sum() * PRIOR**2 / 2
+
+    optimizer.step(loss)
+    return spread / x[:2].exp(), x[2] + x[3:]
 
 
 def _gather_rows(head: Any, features: Any, labels: Tensor | None, present: Any) -> Rows:

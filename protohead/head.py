@@ -53,8 +53,8 @@ class DecoupledPrototypeHead(nn.Module):
         center: (ΣD_m,) buffer, the mean of each modality's features in training; or None.
         scale: (C,) buffer; change it in place, as in ``head.scale.fill_(16)``. So is `margin`, in radians.
         seen: (C, M) buffer: how many rows of each case, sub-cases too, training has had, by modality.
-        temperature: (2, ..., 2) buffer, M dimensions: what :meth:`calibrate` divides the logits by, else 1. Of rows
-            with the first of two modalities only it is ``temperature[1, 0]``. So is `shift`, what is added then.
+        temperature: (2, ..., 2, 2) buffer: what :meth:`calibrate` divides logits below 0 and above by, else 1. Of rows
+            with the first of two modalities only it is ``temperature[1, 0]``. So is `shift`, (K,), what is added then.
 
     Example:
         >>> head = DecoupledPrototypeHead({"image": 4, "text": 3}, num_classes=5, cases="all")
@@ -246,9 +246,9 @@ class DecoupledPrototypeHead(nn.Module):
     ) -> dict[str, float]:
         """Make softmax, or with several labels sigmoid, of the logits in eval mode match frequencies, by missing case.
 
-        Call it last, on validation rows, in either mode. Logits are divided by a temperature; with several labels a
-        number is added, too. A case with fewer than 20 rows uses those that hold it, as if they had no more, or, if too
-        few, all. What is called with labels is as before. To train, imprint, reset or add classes takes it back.
+        Call it last, on validation rows. With one label logits are divided by a temperature, which leaves the answers;
+        with several, those below 0 and above have one each, and each class a shift. A case of under 20 rows uses those
+        that hold it, as if they had no more, or all. Calls with labels are as before. To train or imprint undoes it.
 
         Args:
             features: As in :meth:`imprint`. With torch.distributed every rank gives its own rows.
@@ -256,7 +256,7 @@ class DecoupledPrototypeHead(nn.Module):
             present: As in :meth:`forward`.
 
         Returns:
-            The temperature of each of the 2**M - 1 cases by name. One at its bound, 0.01 or 100, is a warning.
+            The temperature of each of the 2**M - 1 cases by name, of logits below 0. At a bound, 0.01 or 100, it warns.
 
         Raises:
             ValueError: As :meth:`imprint`.

@@ -37,7 +37,7 @@ def head_logits(head: Any, rows: list[Tensor], present: Tensor, labels: Tensor |
     scale, centers = head.scale[case].to(dtype), split_center(head, dtype)
     logits = prototype_logits(rows, weights, block, scale, margin, labels, bias, centers)
     if labels is None and not head.training:
-        temperature, shift = _calibration(head, block, dtype)
+        temperature, shift = _calibration(head, block, logits)
         logits = logits / temperature + shift
     return logits, block
 
@@ -51,7 +51,7 @@ def head_contributions(head: Any, rows: list[Tensor], present: Tensor) -> Tensor
     parts = modality_logits(rows, weights, block, scale, head.bias, split_center(head, dtype))
     if head.training:
         return parts
-    temperature, shift = (x[:, None] for x in _calibration(head, block, dtype))
+    temperature, shift = (x[:, None] for x in _calibration(head, block, parts.sum(1)))
     used = (block >= 0)[:, :, None]
     return parts / temperature + torch.where(used, shift / used.sum(1, keepdim=True).clamp(min=1), 0)
 
@@ -63,7 +63,8 @@ def uncalibrate(head: Any) -> None:
     head.shift.zero_()
 
 
-def _calibration(head: Any, block: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Temperature and shift of each row, (B, 1), by the modalities that are used; 1 and 0 of none."""
+def _calibration(head: Any, block: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Temperature and shift of each logit, (B, K), by the modalities that are used; 1 and 0 of none."""
     place = (block >= 0).long().unbind(1)
-    return head.temperature[place].to(dtype)[:, None], head.shift[place].to(dtype)[:, None]
+    below, above = head.temperature[place].to(logits.dtype)[:, :, None].unbind(1)
+    return torch.where(logits > 0, above, below), head.shift[place].to(logits.dtype)

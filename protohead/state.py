@@ -58,6 +58,8 @@ def set_classes(
     head.prototypes = Prototypes(blocks, count, head.in_features, device, dtype)
     bias = nn.Parameter(torch.empty(count, device=device, dtype=dtype)) if head.centered else None
     head.register_parameter("bias", bias)
+    if (shift := head._buffers.get("shift")) is not None:
+        head.shift = shift.new_zeros(*shift.shape[:-1], count)
     for name, parameter in head.named_parameters():
         parameter.requires_grad_(name not in old or old[name].requires_grad)
 
@@ -104,8 +106,8 @@ def register_buffers(head: Any, masks: Tensor, scales: list[float], margins: lis
     widths = {"center": sum(head.in_features.values()), "center_rows": count, "center_spread": count}
     for name, width in widths.items():
         head.register_buffer(name, tensor([0.0] * width) if head.centered else None)
-    for name in ("temperature", "shift"):  # By modality: whether it is used.
-        head.register_buffer(name, tensor(0.0).repeat((2,) * count))
+    for name, size in (("temperature", 2), ("shift", head.num_classes)):  # By modality: whether it is used.
+        head.register_buffer(name, tensor(0.0).repeat((2,) * count + (size,)))
 
 
 @torch.no_grad()

@@ -46,6 +46,24 @@ def test_a_head_is_calibrated_as_it_calibrates_itself(task, tmp_path):
     assert list(calibration.run(task, known(task, "protohead"), tmp_path)) == [own, gaps]  # Of the model in the folder.
 
 
+def test_the_floor_is_what_true_probabilities_have():
+    """The rest of a bin with n rows is normal with the variance p (1 - p) / n."""
+    said = torch.full((800,), 0.3, dtype=torch.float64)
+    assert calibration.floor(said) == pytest.approx((2 / torch.pi * 0.3 * 0.7 / 800) ** 0.5, rel=0.4)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_scores(several):
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0]], dtype=torch.float64)
+    labels = torch.tensor([[1.0, 0], [1, 0], [0, 1]]) if several else torch.tensor([0, 0, 1])
+    found = calibration.scores(2 * logits, logits, labels)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits if several else torch.nn.functional.cross_entropy
+    assert found["loss"] == pytest.approx(loss(logits, labels.double() if several else labels).item())
+    report = evaluate(logits, labels, torch.ones(3, 2, dtype=torch.bool), ["image", "text"])
+    assert found["after"] == pytest.approx(report.all_rows["ece"])
+    assert found["before"] != found["after"]
+
+
 def test_any_model_is_calibrated(task, tmp_path):
     task = task._replace(method="linear")
     for line in calibration.run(task, known(task, "linear"), tmp_path):
@@ -66,7 +84,8 @@ def test_the_report(tmp_path):
                         line = dict(zip(accuracy.KEY, (data, method, train, rate, seed), strict=True))
                         line |= {"test_missing": test[0], "test_rate": test[1], "recorded": before + 0.001}
                         worse = 0.1 * (test != (train, rate))
-                        lines.append(line | {"before": before + worse, "after": after + worse + 0.002 * seed})
+                        line |= {"before": before + worse, "after": after + worse + 0.002 * seed}
+                        lines.append(line | {"floor": 0.01, "loss": 0.5 + after})
     path = tmp_path / "calibration.csv"
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, calibration.COLUMNS)
@@ -76,6 +95,8 @@ def test_the_report(tmp_path):
     assert "| toys | 6.0 → 3.1 | 4.0 → 2.1 | 8.0 → 2.1 |" in text
     assert "| more | 6.0 → 3.1 | – → – | 8.0 → 2.1 |" in text
     assert "| all cells | 6.0 → 3.1 | – → – | 8.0 → 2.1 |" in text
+    assert "| all cells | 1.0 | – | 1.0 |" in text
+    assert "| more | 0.530 | – | 0.520 |" in text
     assert "| tested with all, 70 % | 16.0 → 13.1 | – → – | 18.0 → 12.1 |" in text
     assert "| `linear` | −1.0 | −1.0 to −1.0 |" in text
     assert "`linear` 2, `closed form` 0, `protohead` 2." in text
