@@ -16,7 +16,6 @@ from torch import Tensor
 
 from protohead.cases import block_index, case_masks, case_names
 from protohead.imprint import read_rows
-from protohead.logits import uncalibrate
 from protohead.moments import Rows
 from protohead.sharding import from_all_ranks
 
@@ -35,6 +34,11 @@ CHUNK = 4096  # Rows that the head is given at a time.
 def calibrate(head: Any, features: Any, labels: Tensor | None, present: Any) -> dict[str, float]:
     """See :meth:`protohead.DecoupledPrototypeHead.calibrate`."""
     rows, mode = _gather_rows(head, features, labels, present), head.training
+    # By what the head uses: a modality that training never had says nothing.
+    used = block_index(rows.present, head._masks > 0, head.seen > 0)[1] >= 0
+    if not (says := used.any(1)).any():
+        raise ValueError("Expected at least one row with a modality that training has had, but got none.")
+    rows, used = rows.take(says), used[says]
     widths = torch.tensor([*head.in_features.values()], device=head.seen.device)
 
     def logits_of(index: Tensor, case: Tensor | None) -> Tensor:
@@ -45,13 +49,13 @@ def calibrate(head: Any, features: Any, labels: Tensor | None, present: Any) -> 
             parts.append(head(torch.where(there, rows.features[some], 0), here))
         return torch.cat(parts)
 
-    uncalibrate(head)
-    try:
+    own = head.temperature, head.shift
+    try:  # Whatever happens, what was there is put back.
+        head.temperature, head.shift = torch.ones_like(own[0]), torch.zeros_like(own[1])
         head.eval()
-        # By what the head uses: a modality that training never had says nothing.
-        used = block_index(rows.present, head._masks > 0, head.seen > 0)[1] >= 0
         found = fit_cases(logits_of, rows.labels, used, head.modalities)
     finally:
+        head.temperature, head.shift = own
         head.train(mode)
     place = case_masks(head.modalities).long().to(head.seen.device).unbind(1)
     for buffer, values in zip((head.temperature, head.shift), zip(*found.values(), strict=True), strict=True):

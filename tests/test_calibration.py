@@ -328,6 +328,22 @@ def test_rows_without_a_label_do_not_count():
     assert head.calibrate({n: torch.cat([x, x]) for n, x in features.items()}, labels, present) == pytest.approx(found)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_rows_that_the_head_says_nothing_about_do_not_count(several):
+    """Those with only a modality that training never had; even where, for want of others, all rows are taken."""
+    head, image_only = build(), torch.tensor([True, False])
+    features, labels, _ = data(300, several=several)
+    head.train().loss(features, image_only.expand(300, 2), labels)
+    features, labels, _ = data(60, seed=7, several=several)
+    present = torch.where(torch.arange(60)[:, None] < 15, image_only, ~image_only)
+    found = head.calibrate(features, labels, present), head.shift.clone()
+    some = {name: x[:15] for name, x in features.items()}
+    assert head.calibrate(some, labels[:15], present[:15]) == found[0]
+    assert torch.equal(head.shift, found[1])
+    with pytest.raises(ValueError, match="a modality that training has had, but got none"):
+        head.calibrate(features, labels, ~image_only.expand(60, 2))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_narrow_features(dtype):
     head, (features, labels, present), found = calibrated()
@@ -387,6 +403,17 @@ def test_a_wrong_call_leaves_it_as_it_was():
         with pytest.raises((ValueError, TypeError), match="Expected"):
             head.calibrate(features, wrong, present)
     assert torch.equal(head.temperature, before)
+
+
+def test_an_error_on_the_way_leaves_it_as_it_was():
+    """Such as the warning of a bound, where warnings are errors, as here."""
+    head, (features, labels, present), _ = calibrated(several=True)
+    before, shift = head.temperature.clone(), head.shift.clone()
+    with pytest.raises(UserWarning, match="at a bound"):
+        head.train().calibrate(features, 1 - labels, present)
+    assert head.training
+    assert torch.equal(head.temperature, before)
+    assert torch.equal(head.shift, shift)
 
 
 @pytest.mark.parametrize(
