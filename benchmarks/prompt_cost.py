@@ -44,25 +44,31 @@ class PlainTokens(nn.Module):
 
 @dataclass
 class Run:
-    """A model, a batch of which some rows lack a modality, and the weight of sub-cases."""
+    """A model, a batch of which some rows lack a modality, the weight of sub-cases, and bfloat16 autocast or not."""
 
     model: PrototypeClassifier
     inputs: dict[str, Tensor]
     present: Tensor
     subcase_weight: float = 0.0
+    half: bool = False
 
     def forward(self) -> None:
         """Logits, without a graph."""
-        with torch.no_grad():
+        with torch.no_grad(), self.autocast():
             self.model(self.inputs, self.present).sum().item()  # Waits for a GPU.
 
     def step(self) -> None:
         """The objective and its gradients."""
         self.model.zero_grad()
         labels = torch.arange(len(self.present), device=DEVICE) % 101
-        loss = self.model.loss(self.inputs, self.present, labels, subcase_weight=self.subcase_weight)
+        with self.autocast():
+            loss = self.model.loss(self.inputs, self.present, labels, subcase_weight=self.subcase_weight)
         loss.backward()
         next(self.model.head.parameters()).sum().item()
+
+    def autocast(self) -> torch.autocast:
+        """What a forward pass runs in."""
+        return torch.autocast(DEVICE, torch.bfloat16, enabled=self.half)
 
 
 def build(name: str, prompts: Callable[[dict[str, int]], nn.Module] | None) -> PrototypeClassifier:
@@ -71,6 +77,15 @@ def build(name: str, prompts: Callable[[dict[str, int]], nn.Module] | None) -> P
     module = None if prompts is None else prompts(tower_widths(clip))
     model: PrototypeClassifier = attach(clip, 101, prompts=module, trainable=LAST)
     return model
+
+
+def models(name: str, length: int, depth: int) -> dict[str, PrototypeClassifier]:
+    """With DCP's prompts, with as many plain tokens, and the towers alone."""
+    return {
+        "plain tokens": build(name, lambda widths: PlainTokens(widths, length)),
+        "DCP": build(name, lambda widths: DcpPrompts(widths, length, depth)),
+        "no prompts": build(name, None),
+    }
 
 
 def random_inputs(name: str, rows: int) -> dict[str, Tensor]:
@@ -97,9 +112,14 @@ def table(first: str, runs: dict[str, Run], repeats: int) -> list[str]:
     base = next(iter(runs))
     lines = [f"| {first} | forward, ms | ratio | step, ms | ratio |", "|---|---|---|---|---|"]
     for name in runs:
-        cells = [f"{found[name, kind]:,.0f} | {found[name, kind] / found[base, kind]:.2f}" for kind in kinds]
+        cells = [f"{milliseconds(found[name, kind])} | {found[name, kind] / found[base, kind]:.2f}" for kind in kinds]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
+
+
+def milliseconds(value: float) -> str:
+    """With three digits or more."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def main() -> None:
@@ -117,16 +137,15 @@ def main() -> None:
         parser.error(f"Expected --model to be in open_clip.list_models(), but got {options.model!r}.")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    dcp = build(options.model, lambda widths: DcpPrompts(widths, options.length, options.depth))
-    plain = build(options.model, lambda widths: PlainTokens(widths, options.length))
-    bare = build(options.model, None)
+    built = models(options.model, options.length, options.depth)
+    dcp = built["DCP"]
     inputs, missing = random_inputs(options.model, options.batch), round(options.missing * options.batch)
     every = torch.ones(options.batch, 2, dtype=torch.bool)
     some = every.clone()
     some[: missing // 2, 0] = False
     some[missing // 2 : missing, 1] = False
-    runs = {"plain tokens": Run(plain, inputs, every), "DCP": Run(dcp, inputs, every)}
-    runs |= {"no prompts": Run(bare, inputs, every), "DCP, sub-cases": Run(dcp, inputs, every, 0.5)}
+    runs = {name: Run(model, inputs, every) for name, model in built.items()}
+    runs["DCP, sub-cases"] = Run(dcp, inputs, every, 0.5)
     lines = table(f"{options.length} tokens in front", runs, options.repeats)
     runs = {"every row": Run(dcp, inputs, every), "present rows": Run(dcp, inputs, some)}
     runs["present rows, sub-cases"] = Run(dcp, inputs, some, 0.5)

@@ -9,6 +9,7 @@ import open_clip
 import prompt_cost
 import pytest
 import speed
+import speed_methods
 import torch
 
 CPU = torch.device("cpu")
@@ -26,7 +27,7 @@ def call(monkeypatch, program, *arguments):
 
 def test_speed(tmp_path, monkeypatch):
     # Not smaller: all are called as often as nn.Linear in 2 ms.
-    sizes = [speed.Size(256, 64, 100, 2, 0.7), speed.Size(256, 32, 100, 3, 0.7)]
+    sizes = [speed_methods.Size(256, 64, 100, 2, 0.7), speed_methods.Size(256, 32, 100, 3, 0.7)]
     monkeypatch.setattr(speed, "QUICK", sizes)
     monkeypatch.setattr(speed, "PROTOTYPES", (3, 5))
     monkeypatch.setattr(speed, "peak_memory", lambda name, size: 1.0)
@@ -49,15 +50,15 @@ def test_speed(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Memory is read from /proc.")
 def test_peak_memory_holds_the_gradient():
-    size = speed.Size(8, 512, 1000, 2, 0.7)
+    size = speed_methods.Size(8, 512, 1000, 2, 0.7)
     assert speed.peak_memory("head", size) > 4 * 2 * 512 * 1000 / 2**20
 
 
 def test_what_is_timed_is_the_same():
-    size = speed.Size(40, 8, 5, 3, 0.7)
-    x, _, _ = speed.batch_of(size, CPU)
-    head, call = speed.method("head, each case", size, CPU)
-    gather, gathered = speed.method("gather", size, CPU)
+    size = speed_methods.Size(40, 8, 5, 3, 0.7)
+    x, _, _ = speed_methods.batch_of(size, CPU)
+    head, call = speed_methods.method("head, each case", size, CPU)
+    gather, gathered = speed_methods.method("gather", size, CPU)
     with torch.no_grad():
         head.center.zero_()
         for code in range(1, 8):
@@ -67,14 +68,14 @@ def test_what_is_timed_is_the_same():
                     holders = [case for case in head.cases if f"m{m}" in case.split("+")]
                     gather.weight[code, 8 * m : 8 * m + 8] = head.prototypes[f"m{m}"][holders.index(name)].T
         torch.testing.assert_close(call(head, x, None), gathered(gather, x, None))
-        products, multiplied = speed.method("products alone", size, CPU)
+        products, multiplied = speed_methods.method("products alone", size, CPU)
         for (rows, columns), weight in zip(products.groups, products.weights, strict=True):
             torch.testing.assert_close(multiplied(products, x, None)[rows], x[rows][:, columns] @ weight.T)
 
 
 def test_the_plain_prototype_loss_is_the_heads():
-    head = speed.DecoupledPrototypeHead({"a": 6, "b": 6}, 5, cases="all", shared_space=True)
-    torch.testing.assert_close(speed.plain_prototype_loss(head), head.prototype_loss())
+    head = speed_methods.DecoupledPrototypeHead({"a": 6, "b": 6}, 5, cases="all", shared_space=True)
+    torch.testing.assert_close(speed_methods.plain_prototype_loss(head), head.prototype_loss())
 
 
 def test_encoders(monkeypatch, capsys):
