@@ -6,7 +6,6 @@ cosines have a bound, and a number is added for each class (Platt, 1999; Kull et
 """
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,7 +25,7 @@ Fit = tuple[Tensor, Tensor]  # (2,) temperatures, of logits below 0 and above, a
 MIN_ROWS = 20  # From which rows are enough for a case.
 MAX_LOG_T = math.log(100)  # log T is sought from -MAX_LOG_T to MAX_LOG_T,
 STEPS = 40  # by halving this interval so often.
-PRIOR = 0.5  # Standard deviation of what is fitted for several labels.
+PRIOR = 0.5  # Standard deviation of what is fitted, before a row is seen.
 CHUNK = 4096  # Rows that the head is given at a time.
 
 
@@ -72,8 +71,9 @@ def fit_cases(
     """For each case the temperatures T and the shifts b for which ``logits / T + b`` fit best.
 
     They minimise the cross-entropy of one label, where there is one T and b is 0, or the binary cross-entropy of
-    several, with a small penalty, over the rows of the case, if these are enough; else over the rows that hold the
-    case, as if they had no more; else over all rows.
+    several, over the rows of the case, if these are enough; else over the rows that hold the case, as if they had no
+    more; else over all rows. A penalty, which many rows outweigh, keeps few rows from moving them far: where all rows
+    are right, the loss alone would make each probability 1.
 
     Args:
         logits_of: Called with the (n,) indices of some rows and a case, (M,) bool on the CPU: their (n, K) logits if
@@ -84,11 +84,7 @@ def fit_cases(
 
     Returns:
         Name of each of the 2^M − 1 cases, in order, to T, (2,), of logits below 0 and above, and b, (K,). T is 1 where
-        the logits say nothing; of one label it is in [0.01, 100].
-
-    Warns:
-        UserWarning: If a T of one label is at a bound, since the rows give none: all are right, or the logits no better
-            than chance.
+        the logits say nothing.
     """
     found = {}
     for name, mask in zip(case_names(modalities), case_masks(modalities), strict=True):
@@ -103,24 +99,18 @@ def fit_cases(
         index = chosen.nonzero()[:, 0]
         fit = _fit_several if labels.is_floating_point() else _fit_one
         found[name] = fit(logits_of(index, case).double(), labels[index])
-    ones = {} if labels.is_floating_point() else {name: t[0].item() for name, (t, _) in found.items()}
-    if extreme := {name: t for name, t in ones.items() if abs(math.log(t)) > 0.999 * MAX_LOG_T}:
-        warnings.warn(
-            f"Temperatures at a bound: {', '.join(f'{name} {t:.3g}' for name, t in extreme.items())}. At 0.01 (almost) "
-            "all rows are right, at 100 the logits are no better than chance.",
-            stacklevel=5,
-        )
     return found
 
 
 def _fit_one(logits: Tensor, labels: Tensor) -> Fit:
-    """Of one label: the loss is convex in 1/T, and its slope is 0 at the best."""
+    """Of one label: where the slope by log T is 0. The penalty is that of a normal distribution of log T around 0."""
     none = logits.new_zeros(logits.shape[1])
     logits = logits - logits.gather(1, labels[:, None])  # How far each is above that of the label.
     low, high = -MAX_LOG_T, MAX_LOG_T
     for _ in range(STEPS if logits.any() else 0):
         middle = (low + high) / 2
-        slope = (logits * (logits * math.exp(-middle)).softmax(1)).sum()
+        steep = math.exp(-middle)
+        slope = steep * (logits * (logits * steep).softmax(1)).sum() - middle / PRIOR**2
         low, high = (middle, high) if slope > 0 else (low, middle)
     return logits.new_full((2,), math.exp((low + high) / 2)), none
 

@@ -248,7 +248,7 @@ class DecoupledPrototypeHead(nn.Module):
 
         Call it last, on validation rows. With one label logits are divided by a temperature, which leaves the answers;
         with several, those below 0 and above have one each, and each class a shift. A case of under 20 rows uses those
-        that hold it, as if they had no more, or all. Calls with labels are as before. To train or imprint undoes it.
+        that hold it, as if they had no more, or all. Few rows change little. To train or imprint undoes it.
 
         Args:
             features: As in :meth:`imprint`. With torch.distributed every rank gives its own rows.
@@ -256,7 +256,7 @@ class DecoupledPrototypeHead(nn.Module):
             present: As in :meth:`forward`.
 
         Returns:
-            The temperature of each of the 2**M - 1 cases by name, of logits below 0. At a bound, 0.01 or 100, it warns.
+            The temperature of each of the 2**M - 1 cases by name, of logits below 0.
 
         Raises:
             ValueError: As :meth:`imprint`.
@@ -267,7 +267,7 @@ class DecoupledPrototypeHead(nn.Module):
             >>> features = torch.eye(3)[labels].repeat(1, 2) + torch.randn(300, 6)
             >>> _ = head.imprint(features[:150], labels[:150])
             >>> head.calibrate(features[150:], labels[150:])  # Complete rows; but it holds for others, too.
-            {'image+text': 1..., 'image': 2..., 'text': 2...}
+            {'image+text': 1.0..., 'image': 1.9..., 'text': 1.9...}
             >>> probabilities = head.eval()({"image": features[:1, :3]}).softmax(1)
         """
         return calibrate(self, features, labels, present)

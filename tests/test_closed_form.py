@@ -224,7 +224,7 @@ def test_no_more_than_a_sample_is_kept(monkeypatch):
     monkeypatch.setattr(
         moments, "_smallest", lambda parts, n: held.append(sum(len(x[0]) for x in parts)) or smallest(parts, n)
     )
-    rows = imprint._read_rows(build(), batches(*data(1000), size=20), None, None)
+    rows = imprint.read_rows(build(), batches(*data(1000), size=20), None, None)
     _, sample = moments.collect(rows, WIDTHS, K, None, build().seen)
     assert len(sample.labels) == 30
     assert max(held) <= 80

@@ -18,7 +18,6 @@ from protohead import attach
 ROOT = Path(__file__).parent.parent
 PAGES = {path.stem: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 MARKS = dict.fromkeys(["prompts", "closed_form", "research_code", "serving"], UNTRAINED)
-MARKS["README"] = [pytest.mark.filterwarnings("ignore:Temperatures at a bound")]  # It calibrates on its training rows.
 
 
 def blocks(page):
