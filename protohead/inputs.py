@@ -152,7 +152,7 @@ def _by_name(features: Features, widths: Mapping[str, int]) -> dict[str, Tensor]
     elif not isinstance(features, Mapping):
         raise TypeError(f"Expected argument `features` to be a tensor or a mapping, but got {type(features).__name__}.")
     if unknown := [name for name in features if name not in widths]:
-        raise ValueError(f"Expected features of {tuple(widths)}, but got {unknown}.")
+        raise ValueError(f"Expected features of {tuple(widths)}, but got others: {unknown}.")
     tensors = {name: x for name in widths if (x := features.get(name)) is not None}
     for name, x in tensors.items():
         if not isinstance(x, Tensor) or not x.is_floating_point():

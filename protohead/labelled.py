@@ -44,14 +44,21 @@ def read_batch(logits: Tensor, labels: Tensor, present: Tensor, modalities: Sequ
     check_finite("logits", logits, kept)
     if not kept.any():
         raise ValueError(f"Expected at least one row with a label other than -100, but got none of {batch}.")
-    _refuse_probabilities(logits[kept])
+    _refuse_probabilities(logits[kept], multilabel)
     return Batch(logits[kept], labels[kept], present.cpu()[kept], multilabel)
 
 
-def _refuse_probabilities(logits: Tensor) -> None:
-    """Of probabilities the softmax, and all scores of it, would be others."""
+def _refuse_probabilities(logits: Tensor, multilabel: bool) -> None:
+    """Of probabilities the softmax or sigmoid, and all scores of it, would be others."""
+    if ((logits < 0) | (logits > 1)).any() or not logits.any():
+        return
     sums = logits.sum(1)  # In half precision they are one to two digits.
-    if logits.shape[1] > 1 and ((logits >= 0) & (logits <= 1)).all() and ((sums - 1).abs() < 0.01).all():
+    if multilabel and logits.numel() >= 20:  # So many logits are not all in [0, 1] by chance.
+        raise ValueError(
+            "Expected argument `logits` to be logits, but got probabilities: all are in [0, 1]. "
+            "Give `torch.logit` of them."
+        )
+    if logits.shape[1] > 1 and ((sums - 1).abs() < 0.01).all():
         raise ValueError(
             "Expected argument `logits` to be logits, but got probabilities: all rows are in [0, 1] and sum to one. "
             "Their logarithm is as good as the logits of softmax."

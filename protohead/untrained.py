@@ -59,6 +59,7 @@ def warn_of_eval_mode(parameters_are_trained: bool) -> None:
     """In eval mode where gradients of the objective are recorded."""
     if parameters_are_trained and torch.is_grad_enabled():
         warnings.warn(
-            "Expected training mode: in eval mode no case is marked as seen, nor the center learned; call train().",
+            "Expected training mode: in eval mode no case is marked as seen, nor the center learned; call train(). The "
+            "loss of validation rows is computed under torch.no_grad().",
             stacklevel=7,
         )

@@ -409,3 +409,12 @@ def test_contributions_refuse_what_is_wrong():
         contributions_by_class(head, torch.ones(2, 7), labels + 3)
     with pytest.raises(ValueError, match=r"\(B, 7\)"):
         contributions_by_class(head, features[:, :5], labels)
+
+
+def test_sigmoids_are_refused_where_rows_have_several_labels():
+    labels = torch.eye(4)[torch.arange(12) % 4]
+    logits = 4 * labels - 2
+    present = torch.ones(12, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"to be logits, but got probabilities: all are in \[0, 1\]"):
+        evaluate(logits.sigmoid(), labels, present, ("image", "text"))
+    assert evaluate(0 * logits, labels, present, ("image", "text")).all_rows["rows"] == 12  # Nothing is known of them.

@@ -63,7 +63,7 @@ def test_construction(arguments, error, match):
         (torch.ones(2, 8), None, None, ValueError, r"\(B, 7\) for .*, but got \(2, 8\)"),
         (torch.ones(7), None, None, ValueError, r"but got \(7,\)"),
         ([IMAGE, TEXT], None, None, TypeError, "tensor or a mapping, but got list"),
-        ({"img": IMAGE}, None, None, ValueError, r"'image', 'text'.*, but got \['img'\]"),
+        ({"img": IMAGE}, None, None, ValueError, r"'image', 'text'.*, but got others: \['img'\]"),
         ({"image": IMAGE.int()}, None, None, TypeError, "'image' .*floating-point tensor, but got torch.int32"),
         ({"image": [1.0]}, None, None, TypeError, "got list"),
         ({"image": TEXT}, None, None, ValueError, r"'image' to be of shape \(B, 4\), but got \(2, 3\)"),

@@ -41,6 +41,8 @@ class OpenClipTowers(nn.Module):
 
     def encode_image(self, image: Tensor) -> Tensor:
         """(n, 3, H, W) -> (n, D)."""
+        if not image.is_floating_point():  # The cast below would hide that nobody has prepared them.
+            raise TypeError(f"Expected pictures as open_clip's transform makes them, but got {image.dtype}.")
         first = next((part for part in self.clip.visual.modules() if isinstance(part, nn.Conv2d)), None)
         features: Tensor = self.clip.encode_image(image if first is None else image.to(first.weight.dtype))
         return features
