@@ -407,10 +407,10 @@ def test_a_wrong_call_leaves_it_as_it_was():
 
 def test_an_error_on_the_way_leaves_it_as_it_was():
     """Such as the warning of a bound, where warnings are errors, as here."""
-    head, (features, labels, present), _ = calibrated(several=True)
-    before, shift = head.temperature.clone(), head.shift.clone()
+    head, (features, _, present), _ = calibrated(several=True)
+    before, shift, wrong = head.temperature.clone(), head.shift.clone(), (torch.arange(300) + 1) % 3
     with pytest.raises(UserWarning, match="at a bound"):
-        head.train().calibrate(features, 1 - labels, present)
+        head.train().calibrate(features, wrong, present)
     assert head.training
     assert torch.equal(head.temperature, before)
     assert torch.equal(head.shift, shift)
