@@ -124,7 +124,9 @@ def _fit_several(logits: Tensor, labels: Tensor) -> Fit:
     labels, count = labels.double(), labels.numel()
     labels = (count * labels + 0.5) / (count + 1)  # As if half a label were otherwise: the common shift is finite, too.
     spread = (logits - logits[0, 0]).std(correction=0).item() or 1.0
-    below, above = logits.clamp(max=0) / spread, logits.clamp(min=0) / spread
+    sides = torch.stack([logits.clamp(max=0), logits.clamp(min=0)]) / spread
+    means = sides.mean((1, 2))  # Taken off, so that logits far from 0 do not tie the common shift to the steepness.
+    below, above = sides - means[:, None, None]
     x = logits.new_zeros(3 + logits.shape[1])  # The steepness of either side, as logarithms; common shift; by class.
     optimizer = torch.optim.LBFGS([x], max_iter=200, tolerance_grad=1e-7, line_search_fn="strong_wolfe")
 
@@ -140,7 +142,7 @@ def _fit_several(logits: Tensor, labels: Tensor) -> Fit:
         return bce + off.square().sum() * PRIOR**2 / 2
 
     optimizer.step(loss)
-    return spread / x[:2].exp(), x[2] + x[3:]
+    return spread / x[:2].exp(), x[2] - x[:2].exp() @ means + x[3:]
 
 
 def _gather_rows(head: Any, features: Any, labels: Tensor | None, present: Any) -> Rows:

@@ -166,6 +166,16 @@ def test_labels_that_never_occur_leave_numbers_finite():
         assert apply(logits, found).sigmoid().mean() < 0.02
 
 
+def test_several_logits_far_from_zero_are_fitted_as_near_ones():
+    logits, labels, present = made(300, True)
+    near, far = logits - 20, logits / 1000 - 20  # All of them below 0: the same but for their unit and origin.
+    for a, b in zip(fit(near, labels, present).values(), fit(far, labels, present).values(), strict=True):
+        torch.testing.assert_close(b[0][:1], a[0][:1] / 1000, rtol=1e-3, atol=0)
+        torch.testing.assert_close(
+            (far / b[0][0] + b[1]).sigmoid(), (near / a[0][0] + a[1]).sigmoid(), rtol=0, atol=1e-3
+        )
+
+
 # -- the head ---------------------------------------------------------------------------------------------------------
 
 
