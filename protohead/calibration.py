@@ -119,7 +119,8 @@ def _fit_several(logits: Tensor, labels: Tensor) -> Fit:
     """Of several labels: by L-BFGS, from the temperature that makes the standard deviation of the logits 1.
 
     The penalty is that of a normal distribution of log T around this, of the other log T around the first, and of each
-    class's shift around the common one. So few rows move them little, and no rows make them infinite.
+    class's shift around the common one. So few rows move them little, and no rows make them infinite. The gradients are
+    written out, since autograd does not work in `torch.inference_mode`.
     """
     labels, count = labels.double(), labels.numel()
     labels = (count * labels + 0.5) / (count + 1)  # As if half a label were otherwise: the common shift is finite, too.
