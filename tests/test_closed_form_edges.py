@@ -164,7 +164,7 @@ def test_a_sample_of_rows_of_which_many_are_the_same(monkeypatch, size):
     which = torch.randint(0, 40, (4000,), generator=torch.Generator().manual_seed(1))
     head = build({"image": 6})
     batches = (({"image": kinds[i]}, i % K) for i in which.split(size))
-    rows = imprint._read_rows(head, batches, None, None)
+    rows = imprint.read_rows(head, batches, None, None)
     _, sample = moments.collect(rows, head.in_features, K, None, head.seen)
     occurs = (sample.features[:, None] == kinds).all(2).sum(0)
     assert occurs.sum() == 400
