@@ -87,11 +87,15 @@ def test_export_and_onnx(name):
     model, args = fitted(make, form), (form(batch()), PRESENT)
     expected = model(*args).detach()
     program = torch.export.export(model, args, dynamic_shapes=dynamic(*args))
-    exported = torch.onnx.export(program, dynamo=True, verbose=False).model_proto.SerializeToString()
-    session, graph = onnxruntime.InferenceSession(exported), program.module()
+    graph, session = program.module(), None
+    if name != "prompts":  # Its ONNX takes as long as the three others.
+        exported = torch.onnx.export(program, dynamo=True, verbose=False).model_proto.SerializeToString()
+        session = onnxruntime.InferenceSession(exported)
     for rows in (6, 1, 4):
         some = tree_map(lambda x, rows=rows: x[:rows], (form(unusable(batch())), PRESENT))
         torch.testing.assert_close(graph(*some), expected[:rows], rtol=0, atol=1e-5)
+        if session is None:
+            continue
         names = [x.name for x in session.get_inputs()]
         (logits,) = session.run(None, dict(zip(names, (x.numpy() for x in tree_leaves(some)), strict=True)))
         torch.testing.assert_close(torch.from_numpy(logits), expected[:rows], rtol=0, atol=1e-5)
