@@ -431,7 +431,7 @@ def test_lightning(tmp_path, monkeypatch):
     tested, (art, rows) = [], few_rows(tmp_path / "art", 8)
     monkeypatch.setattr(example, "Trainer", remembering(example.Trainer, tested))
     monkeypatch.setattr(example, "clip_art", lambda: art)
-    call(monkeypatch, example, "--epochs", 6, "--output", tmp_path / "run")
+    call(monkeypatch, example, "--epochs", 3, "--output", tmp_path / "run")
     ((scores,),) = tested
     assert scores["all/accuracy"] > 2 / 13  # Of 13 classes.
     assert set(scores) == {f"{case}/{x}" for case in ("all", "image+text", "image", "text") for x in ("f1", "accuracy")}
@@ -473,7 +473,7 @@ def test_products(tmp_path, monkeypatch, capsys):
         products.NumbersEncoder, "fit", lambda self, x: fit(self, x) or before.append(copy.deepcopy(self.state_dict()))
     )
     output = tmp_path / "model.safetensors"
-    call(monkeypatch, products, "--count", 1200, "--epochs", 15, "--output", output)
+    call(monkeypatch, products, "--count", 900, "--epochs", 10, "--output", output)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     accuracy = {line[0]: float(line[2]) for line in lines if line and line[0] in case_names(made[0].head.modalities)}
     assert accuracy["image+text+numbers"] > 50  # Of twelve; any two tell one of two or three, so 50 at most.

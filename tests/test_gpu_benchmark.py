@@ -18,6 +18,7 @@ def test_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(prompt_cost, "DEVICE", "cpu")
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(tmp_path / "gpu.md")])
+    monkeypatch.setattr(gpu, "QUICK", gpu.QUICK[:1])
     gpu.main()
     printed = capsys.readouterr().out
     assert (tmp_path / "gpu.md").read_text("utf-8").strip() == printed.strip()
