@@ -142,7 +142,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE, help="folder of accuracy.csv (default: this program's)")
     parser.add_argument("--models", type=Path, default=Path("calibration"), help="folder of what is trained")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--only-trained", action="store_true", help="only models that are in the folder")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     modalities, path = tuple(arguments.modalities.split(",")), arguments.output / "calibration.csv"
@@ -160,8 +159,7 @@ def main() -> None:
             writer.writeheader()
         for task in tqdm(todo, unit="model"):
             key = task.key(read(task.path, modalities).name)
-            there = (arguments.models / ("|".join(key).replace(" ", "_") + ".pt")).exists()
-            if key not in done and (there or not arguments.only_trained):
+            if key not in done:
                 writer.writerows(list(run(task, known, arguments.models)))
                 file.flush()
     write_report(arguments.output / "accuracy.csv")

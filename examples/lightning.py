@@ -1,6 +1,6 @@
 """Train the head on an open_clip model with Lightning, and test the checkpoint that validates best.
 
-    python examples/lightning.py                                            # clip art and a tiny CLIP, two minutes
+    python examples/lightning.py                                            # clip art and a tiny CLIP, a minute
     python examples/lightning.py --model ViT-B-32 --pretrained openai       # a large CLIP
 
 The rows are the pictures and titles of examples/data, of which 70 % lack one or the other here; in `main`, put a table

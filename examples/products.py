@@ -1,6 +1,6 @@
 """Products with a picture, a title and a table of numbers, each of which may lack any: CLIP and an encoder of your own.
 
-    python examples/products.py                                             # the tiny CLIP of examples/data, a minute
+    python examples/products.py                                             # the tiny CLIP of examples/data, 20 seconds
     python examples/products.py --model ViT-B-32 --pretrained openai        # a large one
 
 CLIP's towers stay frozen: they encode pictures and titles once. On these features the head trains, and with it the

@@ -90,8 +90,8 @@ def evaluate(
         The scores.
 
     Raises:
-        ValueError: If shapes or values are not as said, a logit is not finite, the rows all sum to one as those of
-            probabilities do, or no row is left.
+        ValueError: If shapes or values are not as said, a logit is not finite, they are plainly probabilities (rows
+            in [0, 1] that sum to one or, with several labels, all in [0, 1]), or no row is left.
         TypeError: If a dtype is not as said.
         ImportError: If torchmetrics is missing.
 

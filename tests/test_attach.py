@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import open_clip
 import pytest
+import tiny_clip
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -156,6 +157,14 @@ def test_class_names_as_prototypes():
         weights = F.normalize(F.normalize(names, dim=1).view(2, 3, -1).mean(0), dim=1)
         expected = F.normalize(clip.encode_image(inputs["image"]), dim=1) @ weights.T
     torch.testing.assert_close(logits, 20 * expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prompts", [None, "dcp"])
+def test_pictures_in_bytes_are_refused(prompts):
+    clip = tiny_clip.tiny_clip()[0]
+    model = attach(clip, 5, prompts=prompts)
+    with pytest.raises(TypeError, match=r"as open_clip's transform makes them, but got torch.uint8"):
+        model.encode({"image": torch.full((2, 3, 64, 64), 9, dtype=torch.uint8)})
 
 
 def test_half_precision_and_gradient_checkpointing_of_open_clip():

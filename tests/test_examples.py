@@ -428,7 +428,7 @@ def test_huggingface_loss():
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training:UserWarning")
 def test_lightning(tmp_path, monkeypatch):
     example = load_program("lightning")
-    tested, (art, rows) = [], few_rows(tmp_path / "art", 8)
+    tested, (art, rows) = [], few_rows(tmp_path / "art", 12)
     monkeypatch.setattr(example, "Trainer", remembering(example.Trainer, tested))
     monkeypatch.setattr(example, "clip_art", lambda: art)
     call(monkeypatch, example, "--epochs", 3, "--output", tmp_path / "run")

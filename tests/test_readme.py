@@ -36,6 +36,21 @@ def test_numbers_are_those_of_the_report():
     assert "2.7 (95 % over seeds: 2.5 to 2.9) and 9.0 (8.1 to 10.0)" in README
 
 
+def test_calibration_is_that_of_the_report():
+    part = REPORT.split("## Probabilities after calibration")[1]
+    names, _, *rows = [line.strip("| ").split(" | ") for line in part.split("\n\n")[2].splitlines()]
+    after = dict(zip(names, rows[-1], strict=True))
+    floor = (
+        part.split("it would be on average:")[1].split("| all cells | ")[1].split("\n")[0].strip("| ").split(" | ")[-1]
+    )
+    assert rows[-1][0] == "all cells"
+    readme = " ".join(README.split())
+    for name, text in (("protohead", "from {} to {} % (two seeds)"), ("linear", "treated alike, from {} to {} %")):
+        assert text.format(*after[name].split(" → ")) in readme
+    assert f"have {floor} % on so many rows" in readme
+    assert "`protohead` 2." in part  # How many seeds.
+
+
 def test_two_commands():
     (block,) = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     assert ["quickstart" in block.splitlines()[0], "pytest" in block.splitlines()[1]] == [True, True]
