@@ -14,13 +14,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from protohead import PrototypeClassifier, attach, replace_module
-from protohead.adapters.towers import tower_widths
-from protohead.prompts import DcpPrompts, MapPrompts
 from protohead.simulate import missing_table
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))  # Programs, not a package.
 from clip_model import LinearHead
-from tiny_clip import DATA, clip_art, tiny_clip
+from tiny_clip import DATA, clip_art, short_prompts, tiny_clip
 
 MODALITIES, SPLITS, RATE, BATCH = ("image", "text"), ("train", "val", "test"), 0.7, 32
 HEADS: dict[str, dict[str, Any]] = {
@@ -125,9 +123,7 @@ def build(towers: str, head: str, num_classes: int) -> PrototypeClassifier:
         model = attach(tails, num_classes, **options)
     else:
         clip = copy.deepcopy(clip)  # It is changed in place.
-        widths = tower_widths(clip)
-        prompts = DcpPrompts(widths, length=6) if towers == "dcp" else MapPrompts(widths, length=2)
-        model = attach(clip, num_classes, prompts=prompts, **HEADS[head])
+        model = attach(clip, num_classes, prompts=short_prompts(towers, clip), **HEADS[head])
     if head == "linear":
         replace_module(model, "head", LinearHead(model.head.in_features, num_classes))
     return model

@@ -51,31 +51,31 @@ class Results:
             mean([float(lines[seed][name]) for lines in found]) for seed in self.seeds if all(seed in x for x in found)
         ]
 
-    def gap(self, pairs: Sequence[tuple[Model, Model]], cells: Sequence[Cell]) -> tuple[float, int, str]:
-        """First minus second, mean over pairs and cells: the mean over seeds, its sign if sure, and its interval."""
+    def gaps(self, pairs: Sequence[tuple[Model, Model]], cells: Sequence[Cell]) -> list[float]:
+        """First minus second, mean over pairs and cells, of each seed."""
         each = [(self.by_seed(a, cells), self.by_seed(b, cells)) for a, b in pairs]
         gaps = [[x - y for x, y in zip(*pair, strict=True)] for pair in each]
-        return interval([mean(values) for values in zip(*gaps, strict=True)])[:3]
+        return [mean(values) for values in zip(*gaps, strict=True)]
 
 
 def section(path: Path) -> list[str]:
-    """The lines of the section.
-
-    Raises:
-        ValueError: If no seed is finished.
-    """
-    r = Results(path)
-    if not r.seeds:
-        raise ValueError(f"Expected a seed whose runs are all in {path}, but there is none.")
+    """The lines of the section, below its heading."""
+    r = Results(path) if path.exists() else None
+    if not r or not r.seeds:
+        return ["No seed of prompts.py is finished yet."]
     count = len(r.seeds)
     return [
-        "## Prompts",
-        "",
         f"The tiny CLIP of the examples, its pictures and titles, {count} seed{'s' * (count > 1)}; `prompts.py` says",
-        "what was trained how. Macro-F1 over all test rows, in percent; intervals are 95 %, Student's t, paired by",
-        "seed, without a correction for multiple comparisons. Seconds are of one core, for one training.",
+        "what was trained how. (The CLIP has met the training pictures before, those of validation and test not.)",
+        "Macro-F1 of test rows in percent. A seed is one of tables, initialisation and order:",
+        "intervals (95 %, Student's t, paired by seed) do not show the luck of the test rows, nor that of the learning",
+        "rate, which was chosen once. **Bold** excludes 0, without a correction for multiple comparisons.",
+        "",
+        "`shared` and `each case` are trained with sub-cases, as by default; `linear` and `paper` are not. Trained on",
+        "complete rows, these two have not met a row that lacks something, nor have their prompts.",
         f"**{r.unfinished} runs are of seeds that are not finished, and left out.**" * (r.unfinished > 0),
         "**Of so few seeds this is a look, not a result.**" * (count < 3),
+        "",
         *scores(r),
         *by_case(r),
         *questions(r),
@@ -83,15 +83,20 @@ def section(path: Path) -> list[str]:
 
 
 def scores(r: Results) -> list[str]:
-    """A row for each model, a column for each kind of gap."""
+    """A row for each model, a column for each kind of gap, and what validation chose."""
     rows: list[Row] = []
     for model in r.models:
         values = [mean(r.by_seed(model, [cell])) for cell in CELLS.values()]
-        seconds = mean(r.by_seed(model, [CELLS["both, 70 %"]], "seconds"))
-        error = mean(r.by_seed(model, LACKING, "ece"))
-        texts = [percent(x) for x in (*values, error)]
-        rows.append([TOWERS[model[0]], model[1], *texts, f"{seconds:.0f}"])
-    return table(["towers", "head", *CELLS, "mean ECE", "seconds (both)"], rows)
+        both = [CELLS["both, 70 %"]]
+        seconds, rate = (mean(r.by_seed(model, both, name)) for name in ("seconds", "learning_rate"))
+        texts = [percent(x) for x in (*values, mean(r.by_seed(model, LACKING, "ece")))]
+        rows.append([TOWERS[model[0]], model[1], *texts, f"{rate:g}", f"{seconds:.0f}"])
+    return [
+        "All rows, by what is missing; ECE, before calibration, is the mean of the four columns with gaps. The rate is",
+        "the learning rate of head and prompts. Seconds are of one core, for a training with both missing. Without",
+        "prompts the blocks, which are frozen, run once for all epochs.",
+        *table(["towers", "head", *CELLS, "ECE", "rate", "seconds"], rows),
+    ]
 
 
 def by_case(r: Results) -> list[str]:
@@ -108,46 +113,70 @@ def by_case(r: Results) -> list[str]:
 
 def questions(r: Results) -> list[str]:
     """The four questions of the benchmark, each with differences and a sentence."""
-    ours, towers = ("shared", "each case"), tuple(TOWERS)
-    help_ = {
-        f"{TOWERS[a]} minus {TOWERS[b]}": [((a, head), (b, head)) for head in HEADS]
-        for a, b in (("last", "none"), ("map", "none"), ("dcp", "none"), ("map", "last"), ("dcp", "last"))
+    groups = {"`linear`, `paper`": HEADS[:2], "`shared`, `each case`": HEADS[2:]}
+    changes = [("last", "none"), ("map", "last"), ("dcp", "last"), ("map", "none"), ("dcp", "none")]
+    helped = {
+        f"{TOWERS[a]} minus {TOWERS[b]}, {name}": [((a, head), (b, head)) for head in heads]
+        for a, b in changes
+        for name, heads in groups.items()
     }
     heads = {
         f"`{head}` minus `linear`, {TOWERS[tower]}": [((tower, head), (tower, "linear"))]
         for head in HEADS[1:]
-        for tower in towers
+        for tower in TOWERS
     }
-    case = {f"`each case` minus `shared`, {TOWERS[x]}": [((x, ours[1]), (x, ours[0]))] for x in towers}
-    case["`each case` minus `shared`, MAP and DCP"] = [((x, ours[1]), (x, ours[0])) for x in PROMPTED]
-    cost = {x: mean([mean(r.by_seed((x, head), LACKING[:3], "seconds")) for head in HEADS]) for x in towers}
-    ratios = ", ".join(f"{TOWERS[x]} {cost[x]:.0f} s ({cost[x] / cost['last']:.1f})" for x in towers)
-    gain, side, between = r.gap(case["`each case` minus `shared`, MAP and DCP"], LACKING)
-    default = '`cases="all"`' if side > 0 else '`cases="shared"`'
-    known = "is" if side else "is not"
+    case = {f"`each case` minus `shared`, {TOWERS[x]}": [((x, "each case"), (x, "shared"))] for x in TOWERS}
+    case["`each case` minus `shared`, MAP and DCP"] = [((x, "each case"), (x, "shared")) for x in PROMPTED]
+    cost = {x: mean([mean(r.by_seed((x, head), LACKING[:3], "seconds")) for head in HEADS]) for x in TOWERS}
     return [
-        "**Do prompts help, and at what cost?** Mean over the four heads.",
-        *differences(r, help_),
-        f"Seconds of a training with gaps, and their ratio to the last layers alone: {ratios}.",
+        "**Do prompts help, and at what cost?** Mean over two heads.",
+        *differences(r, helped),
+        "Over the four heads and the four columns with gaps, prompts differ from the last layers alone by",
+        f"{difference(r, [((x, head), ('last', head)) for x in PROMPTED for head in HEADS], LACKING)}.",
+        "Seconds of a training with gaps: " + ", ".join(f"{TOWERS[x]} {cost[x]:.0f}" for x in TOWERS) + ".",
         "",
-        "**Does the head help on top of prompts?**",
+        "**Does the head help on top of prompts?** `shared` and `each case` also have sub-cases and a center.",
         *differences(r, heads),
+        "Over MAP and DCP and the four columns with gaps, `shared` differs from `linear` by",
+        f"{difference(r, [((x, 'shared'), (x, 'linear')) for x in PROMPTED], LACKING)}, and from `paper` by",
+        f"{difference(r, [((x, 'shared'), (x, 'paper')) for x in PROMPTED], LACKING)}.",
+        "",
         "**Do prototypes for each case pay where features depend on the case?**",
         *differences(r, case),
-        f"**What should `attach(..., prompts=...)` do by default?** {default}: over all gaps, with prompts, prototypes",
-        f"for each case are {percent(gain, '+')} ({between}) from shared ones, which {known} significant;",
-        "shared ones are simpler.",
+        *default(r),
     ]
+
+
+def default(r: Results) -> list[str]:
+    """What the prototypes of a model with prompts should be."""
+    prompted, plain = (
+        r.gaps([((x, "each case"), (x, "shared")) for x in towers], LACKING) for towers in (PROMPTED, ("last",))
+    )
+    gain, side, between, *_ = interval(prompted)
+    more, surely, around, *_ = interval([x - y for x, y in zip(prompted, plain, strict=True)])
+    if side > 0 and surely > 0:
+        answer = '`cases="all"`: these are better with prompts, and more so than without.'
+    elif side < 0:
+        answer = '`cases="shared"`, as without prompts: these are better.'
+    else:
+        answer = '`cases="shared"`, as without prompts: no gain of the others is shown, and these are simpler.'
+    return [
+        f"**What should `attach(..., prompts=...)` do by default?** {answer}",
+        "Over the four columns with gaps prototypes for each case differ from shared ones by",
+        f"{percent(gain, '+')} ({between}) with prompts; that is {percent(more, '+')} ({around}) more than with the",
+        "last layers alone.",
+    ]
+
+
+def difference(r: Results, pairs: list[tuple[Model, Model]], cells: Sequence[Cell]) -> str:
+    """First minus second, bold if that is sure, and its interval."""
+    gain, side, between, _ = interval(r.gaps(pairs, cells))
+    mark = "**" * bool(side)
+    return f"{mark}{percent(gain, '+')}{mark} ({between})"
 
 
 def differences(r: Results, rows: dict[str, list[tuple[Model, Model]]]) -> list[str]:
     """A table: where rows lack something, alike in training and test, and trained on complete rows."""
-    found: list[Row] = []
-    for name, pairs in rows.items():
-        texts: list[str] = []
-        for cells in (LACKING[:3], LACKING[3:], [CELLS["complete"]]):
-            gain, side, between = r.gap(pairs, cells)
-            mark = "**" * bool(side)
-            texts.append(f"{mark}{percent(gain, '+')}{mark} ({between})")
-        found.append([name, *texts])
+    columns = LACKING[:3], LACKING[3:], [CELLS["complete"]]
+    found: list[Row] = [[name, *(difference(r, pairs, cells) for cells in columns)] for name, pairs in rows.items()]
     return table(["difference", "gaps, mean of three", "complete, tested with both", "complete"], found)

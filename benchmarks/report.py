@@ -1,4 +1,7 @@
-"""RESULTS.md and its figures, wholly from the CSV that accuracy.py writes: python benchmarks/report.py [CSV]."""
+"""RESULTS.md and its figures, wholly from the CSV that accuracy.py writes: python benchmarks/report.py [CSV].
+
+Beside it those of calibration.py and prompts.py, if they are there, have a section each.
+"""
 
 import argparse
 import csv
@@ -11,6 +14,7 @@ from typing import Any
 
 from figures import write_figures
 from methods import ABLATIONS, METHODS
+from prompts_report import section as prompts
 from results import (
     ENOUGH,
     FEW,
@@ -243,6 +247,7 @@ def write_report(path: Path) -> None:
         ),
         ("Calibration and selective prediction, the mean over settings", "reliability", ["Lower is better.", *errors]),
         ("Probabilities after calibration", "", calibration(path.with_name("calibration.csv"))),
+        ("Prompts", "", prompts(path.with_name("prompts.csv"))),
         ("Which to choose", "", choice(r)),
     ):
         lines += [f"## {title}", "", *(f"![{name}](accuracy_{name}.png)\n" for name in figures.split()), *text, ""]

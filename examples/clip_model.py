@@ -7,7 +7,7 @@ from typing import Any
 import open_clip
 import torch
 from files import InputError
-from tiny_clip import tiny_clip
+from tiny_clip import short_prompts, tiny_clip
 from torch import Tensor, nn
 
 from protohead import PrototypeClassifier, attach, replace_module
@@ -83,8 +83,8 @@ def _attached(clip: nn.Module, settings: dict[str, Any]) -> PrototypeClassifier:
     options["class_names"] = settings["classes"]
     if settings["preset"]:  # It is DPL's, whose head has prototypes for each missing case, no center and no bias.
         options |= {"cases": "all", "centered": False}
-    if settings.get("prompts", "none") != "none":
-        options["prompts"] = settings["prompts"]
+    if (prompts := settings.get("prompts", "none")) != "none":
+        options["prompts"] = short_prompts(prompts, clip) if settings["model"] == "tiny" else prompts
     trainable = settings["trainable"] or None  # Beside prompts: what DCP trains.
     model: PrototypeClassifier = attach(clip, len(settings["classes"]), trainable=trainable, **options)
     if settings.get("head") == "linear":

@@ -16,6 +16,9 @@ import open_clip
 import torch
 from safetensors.torch import load_file
 
+from protohead.adapters.towers import tower_widths
+from protohead.prompts import DcpPrompts, MapPrompts
+
 DATA = Path(__file__).parent / "data"
 
 
@@ -31,6 +34,15 @@ def tiny_clip() -> tuple[open_clip.CLIP, Any, Callable[[Any], torch.Tensor]]:
     clip.load_state_dict(weights)
     transform = open_clip.image_transform(config["vision_cfg"]["image_size"], is_train=False)
     return clip.eval(), transform, open_clip.SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
+
+
+def short_prompts(kind: str, clip: open_clip.CLIP) -> DcpPrompts | MapPrompts:
+    """Those of "dcp" or "map", 6 tokens in each tower or 2 in each of 6 blocks.
+
+    The published 36 of DCP would be twice a text, which has 16 tokens here, and more than half of a picture's 65.
+    """
+    widths = tower_widths(clip)
+    return DcpPrompts(widths, length=6) if kind == "dcp" else MapPrompts(widths, length=2)
 
 
 def clip_art() -> Path:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import quickstart
+from prompts_report import section
 from test_quickstart import saved_scores
 
 import protohead
@@ -49,6 +50,11 @@ def test_calibration_is_that_of_the_report():
         assert text.format(*after[name].split(" → ")) in readme
     assert f"have {floor} % on so many rows" in readme
     assert "`protohead` 2." in part  # How many seeds.
+
+
+def test_report_has_the_section_on_prompts():
+    text = "\n".join(section(ROOT / "benchmarks" / "prompts.csv"))
+    assert f"## Prompts\n\n{text}\n" in REPORT
 
 
 def test_two_commands():
