@@ -57,6 +57,26 @@ def test_report_has_the_section_on_prompts():
     assert f"## Prompts\n\n{text}\n" in REPORT
 
 
+def test_prompts_are_as_in_the_report():
+    part = " ".join(REPORT.split("## Prompts\n")[1].split("\n## ")[0].replace("**", "").split())
+    number = r"([−+]?[0-9.]+ \([^)]*\))"
+    (helped,) = re.findall(f"prompts differ from the last layers alone by {number}", part)
+    (head,) = re.findall(f"`shared` differs from `linear` by {number}", part)
+    (case,) = re.findall(f"for each case differ from shared ones by {number}", part)
+    readme, guide, page = (
+        " ".join((ROOT / name).read_text().split()) for name in ("README.md", "docs/guide.md", "docs/prompts.md")
+    )
+    assert "they gained nothing, {} macro-F1 ({}".format(*helped.split(" (")) in readme
+    assert "level: {} macro-F1 ({}".format(*case.split(" (")) in guide
+    for said, difference in (("trained without", helped), ("a linear layer", head), ("shared ones", case)):
+        assert f"{said}: {difference}" in page
+    ((plain, *prompted),) = re.findall(r"last layers (\d+), MAP (\d+), DCP (\d+)\.", part)
+    assert f"took {min(prompted)} to {max(prompted)} seconds of a core in the place of {plain}." in page
+    # What the words say: no gain over the last layers, none of prototypes for each case.
+    assert helped.startswith("−") or "(−" in helped
+    assert "no gain of the others is shown" in part
+
+
 def test_two_commands():
     (block,) = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     assert ["quickstart" in block.splitlines()[0], "pytest" in block.splitlines()[1]] == [True, True]

@@ -136,6 +136,8 @@ def test_prompts_on_the_tiny_clip(prompts):
     present = torch.tensor([[True, True], [True, False], [False, True]])
     model.train().loss(inputs, present, torch.tensor([0, 1, 0])).backward()
     (towers,) = model.encoders.values()
+    edits = towers.prompts("text", "text")
+    assert sum(edit(torch.zeros(1, 16, 128)).shape[1] - 16 for edit in edits) == (12 if prompts == "map" else 6)
     assert all(p.grad.isfinite().all() and p.grad.any() for p in towers.prompts.parameters() if p.grad is not None)
     assert sum(p.grad is not None for p in towers.prompts.parameters()) >= 2
 
@@ -148,18 +150,18 @@ def arguments_of(monkeypatch, *arguments):
 def test_defaults_depend_on_the_data_and_on_what_trains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     expected = {
-        (): ("tiny", 0.7, 20),
-        ("--prompts", "dcp"): ("tiny", 0.7, 4),
-        ("--trainable", "visual.proj", "--missing-rate", "0"): ("tiny", 0, 4),
-        ("--missing-table", "table.jsonl"): ("tiny", 0, 20),
-        ("--model", "ViT-B-16", "--epochs", "3"): ("ViT-B-16", 0.7, 3),
-        ("--data", "own.csv"): ("ViT-B-32", 0, 20),
-        ("--data", "own.csv", "--model", "tiny", "--prompts", "map"): ("tiny", 0, 4),
-        ("--predict", "own.csv"): ("ViT-B-32", 0, 20),
+        (): ("tiny", 0.7, 20, 32),
+        ("--prompts", "dcp"): ("tiny", 0.7, 6, 32),
+        ("--trainable", "visual.proj", "--missing-rate", "0"): ("tiny", 0, 6, 32),
+        ("--missing-table", "table.jsonl"): ("tiny", 0, 20, 32),
+        ("--model", "ViT-B-16", "--epochs", "3", "--batch-size", "8"): ("ViT-B-16", 0.7, 3, 8),
+        ("--data", "own.csv"): ("ViT-B-32", 0, 20, 64),
+        ("--data", "own.csv", "--model", "tiny", "--prompts", "map"): ("tiny", 0, 6, 64),
+        ("--predict", "own.csv"): ("ViT-B-32", 0, 20, 64),
     }
     for given, wanted in expected.items():
         arguments = arguments_of(monkeypatch, *given)
-        assert (arguments.model, arguments.missing_rate, arguments.epochs) == wanted, given
+        assert (arguments.model, arguments.missing_rate, arguments.epochs, arguments.batch_size) == wanted, given
         assert str(arguments.output) == "run-1"
 
 
