@@ -32,7 +32,7 @@ from files import MODALITIES, READERS, InputError
 from presets import VARIANTS, published
 
 # On frozen features an epoch takes a second, and validation picks one of them; fine-tuning wants 3 to 10.
-FROZEN_EPOCHS, EPOCHS = 20, 6
+FROZEN_EPOCHS, EPOCHS = 20, 5
 
 
 def options() -> argparse.ArgumentParser:
@@ -81,7 +81,7 @@ def _add_training_options(option: Any) -> None:
         "--missing-rate, but for options that are given. λ is what ran: 0 where DPL's code multiplies it by zero"
     )
     option("--preset", choices=VARIANTS, help=preset)
-    slow = f"{EPOCHS} with --prompts or --trainable, each about 15 seconds of two cores on the clip art"
+    slow = f"{EPOCHS} with --prompts or --trainable, each about 20 seconds of two cores on the clip art"
     epochs = f"(default: {FROZEN_EPOCHS} of the head alone; {slow})"
     option("--epochs", type=int, help=epochs)
     option("--batch-size", type=int, default=64, help="(default: 64; 32 for the clip art)")

@@ -151,12 +151,12 @@ def test_defaults_depend_on_the_data_and_on_what_trains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     expected = {
         (): ("tiny", 0.7, 20, 32),
-        ("--prompts", "dcp"): ("tiny", 0.7, 6, 32),
-        ("--trainable", "visual.proj", "--missing-rate", "0"): ("tiny", 0, 6, 32),
+        ("--prompts", "dcp"): ("tiny", 0.7, 5, 32),
+        ("--trainable", "visual.proj", "--missing-rate", "0"): ("tiny", 0, 5, 32),
         ("--missing-table", "table.jsonl"): ("tiny", 0, 20, 32),
         ("--model", "ViT-B-16", "--epochs", "3", "--batch-size", "8"): ("ViT-B-16", 0.7, 3, 8),
         ("--data", "own.csv"): ("ViT-B-32", 0, 20, 64),
-        ("--data", "own.csv", "--model", "tiny", "--prompts", "map"): ("tiny", 0, 6, 64),
+        ("--data", "own.csv", "--model", "tiny", "--prompts", "map"): ("tiny", 0, 5, 64),
         ("--predict", "own.csv"): ("ViT-B-32", 0, 20, 64),
     }
     for given, wanted in expected.items():
